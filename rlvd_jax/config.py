@@ -1,0 +1,436 @@
+"""Every setting of a study, typed and documented where it is declared.
+
+`load(path, overrides)` reads YAML, applies `key=value` overrides and returns a `StudyConfig`; whatever is
+unknown, of a wrong type or impossible stops with one sentence that names the key and the nearest valid
+one. The defaults are the paper's (Tables 6 and 7, appendix A.12).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from rlvd_jax.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Settings(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ProblemsConfig(Settings):
+    """Where a set of problems comes from: exactly one of `file`, `hub` and `demo`."""
+
+    file: str | None = None
+    """JSON Lines with `problem` and `answer` (or `solution`); `id`, `level`, `subject` if there are any."""
+    hub: str | None = None
+    """A known set (math-train, math-500, aime25, gsm8k-train, gsm8k-test) or any hub data set `owner/name`."""
+    demo: Literal["train", "test"] | None = None
+    """The generated problems of the demo."""
+    split: str | None = None
+    """Hub only: the split, where the set is not one of the known ones."""
+    levels: tuple[int, ...] | None = None
+    """Keep these difficulty levels only."""
+    limit: Positive | None = None
+    """Keep this many problems, drawn evenly over the file with `seed`, in the file's order."""
+    seed: int = 0
+    """Which `limit` problems are kept."""
+
+    @model_validator(mode="after")
+    def one_source(self):
+        if sum(x is not None for x in (self.file, self.hub, self.demo)) != 1:
+            raise ValueError("give exactly one of file, hub and demo")
+        return self
+
+
+class SamplingConfig(Settings):
+    """How responses are drawn (appendix A.12)."""
+
+    samples: Positive = 256
+    """Responses to each question."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 0.9
+    """0 is greedy."""
+    top_k: NonNegative = 50
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Then keep the smallest set of tokens with this share of the remaining probability."""
+    max_tokens: Positive = 4000
+    """Longest response, end token included."""
+    slots: Positive | None = None
+    """Responses in flight on each device; none: as many as the device's memory holds, 1,024 at most."""
+
+
+class SamplingOverride(Settings):
+    """What a model changes of the study's sampling settings."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_k: NonNegative | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Positive | None = None
+
+
+class OptimizerConfig(Settings):
+    """AdamW with a constant rate after a linear warm-up, and clipping by the global norm."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    warmup_steps: NonNegative = 20
+    b1: Fraction = 0.9
+    b2: Fraction = 0.99
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] | None = 0.1
+    """Largest global norm of the gradient; none: no clipping."""
+
+
+class GRPOConfig(Settings):
+    """Reinforcement learning with verifiable rewards (section 4, appendix A.10, Table 6)."""
+
+    start: str
+    """The model that training starts from."""
+    problems: str
+    """The problems it practises on."""
+    steps: Positive = 225
+    """Batches of fresh responses."""
+    questions: Positive = 28
+    """Questions in a step."""
+    samples: Annotated[int, Field(ge=2)] = 10
+    """Responses to each of them: one group."""
+    sampling: SamplingOverride = SamplingOverride()
+    """Changes to the study's sampling settings for the practice responses."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    advantage: Literal["grpo", "dr_grpo"] = "grpo"
+    """grpo: (r - mean) / (std + 1e-4) within the group; dr_grpo: r - mean (Liu et al., 2025)."""
+    normalise: Literal["batch", "sequence", "constant"] = "batch"
+    """Each response token weighs one over: all response tokens of the batch; its response's tokens times the
+    number of responses; max_tokens times the number of responses (Dr. GRPO)."""
+    clip_low: Annotated[float, Field(ge=0)] = 0.2
+    """The ratio is clipped below at 1 - clip_low ..."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.2
+    """... and above at 1 + clip_high; a larger one is DAPO's clip-higher (Yu et al., 2025)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """sequence: the geometric mean of the response's token ratios (GSPO, Zheng et al., 2025)."""
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL term to the start model (the k3 estimator); 0 keeps no reference model."""
+    updates: Positive = 1
+    """Optimiser steps on each batch of responses; 1 is on policy, so the ratio is 1."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and draw further questions in their place (DAPO)."""
+    evaluate_every: Positive | None = 25
+    """Steps between evaluations; none: no evaluation, the last step is the result."""
+    evaluate_on: str | None = None
+    """The problems evaluated on; none: no evaluation."""
+    evaluate_samples: Positive = 10
+    evaluate_sampling: SamplingOverride = SamplingOverride(temperature=0.8, top_p=0.9)
+    keep: Literal["best", "last"] = "best"
+    """best: the result is the evaluated step of highest accuracy (the earliest of equals)."""
+    checkpoint_every: Positive = 25
+    """Steps between checkpoints that a stopped run goes on from."""
+    row_tokens: Positive | None = None
+    """Tokens of one packed training row; none: the longest prompt and response together."""
+    micro_rows: Positive = 1
+    """Packed rows a device works on at once; more use more memory."""
+
+
+class SFTConfig(Settings):
+    """Distillation: supervised training on a teacher's graded responses (section 5.1, A.11, Table 7)."""
+
+    student: str
+    """The model that training starts from."""
+    teacher: str
+    """The model whose correct responses are learnt; the student itself is self-distillation."""
+    problems: str
+    """The problems that the teacher's responses answer."""
+    samples: Positive | None = None
+    """Responses of the teacher to each question to choose from; none: the study's `sampling.samples`."""
+    keep: Positive = 8
+    """At most this many correct responses a question, chosen at random with the study's seed."""
+    only_solved_by: str | None = None
+    """Drop the questions that this model never solves in its own responses to `problems` (section 6.1)."""
+    epochs: Positive = 5
+    batch: Positive = 4
+    """Responses in an optimiser step."""
+    max_length: Positive = 32768
+    """Tokens of one packed training row; longer examples are left out and counted."""
+    optimizer: OptimizerConfig = OptimizerConfig(warmup_steps=25, b2=0.95, weight_decay=1e-4)
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints that a stopped run goes on from."""
+    micro_rows: Positive = 1
+    """Packed rows a device works on at once; more use more memory."""
+
+
+class ModelConfig(Settings):
+    """A model: given (`from`) or derived from others by a recipe (`grpo`, `sft`)."""
+
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+
+    from_: str | None = Field(None, alias="from")
+    """A directory, a hub name, or demo-base and demo-teacher, the models in the package."""
+    grpo: GRPOConfig | None = None
+    sft: SFTConfig | None = None
+    template: str | None = None
+    """r1, qwen-math, question, or any text with {question} in it; none: the start's or the student's, question
+    for a given model."""
+    sampling: SamplingOverride = SamplingOverride()
+    """Changes to the study's sampling settings for this model's responses."""
+    paper: str | None = None
+    """The paper's row that this model repeats, `Qwen2.5-3B/base`: its published figures are printed beside."""
+
+    @model_validator(mode="after")
+    def one_recipe(self):
+        if sum(x is not None for x in (self.from_, self.grpo, self.sft)) != 1:
+            raise ValueError("give exactly one of from, grpo and sft")
+        if self.template is not None and "{" in self.template and "{question}" not in self.template:
+            raise ValueError("a template of your own needs {question} in it")
+        return self
+
+    @property
+    def parent(self) -> str | None:
+        """The model that training starts from."""
+        return self.grpo.start if self.grpo else self.sft.student if self.sft else None
+
+
+class ResponsesConfig(Settings):
+    """Response sets that the analysis needs: each model on each set of problems."""
+
+    models: tuple[str, ...]
+    problems: tuple[str, ...]
+    samples: Positive | None = None
+    """Responses to each question; none: the study's `sampling.samples`."""
+
+
+class ComparisonConfig(Settings):
+    """One model against another on the same questions: bins, transitions, differences (section 4)."""
+
+    base: str
+    other: str
+    problems: tuple[str, ...]
+    claim: Literal["rl", "new_knowledge", "reasoning_only"] | None = None
+    """Which of the paper's claims this comparison tests: RL against its base model (section 4), distillation
+    that brings new knowledge (section 6), or reasoning patterns alone."""
+
+
+class GraderConfig(Settings):
+    workers: Positive | None = None
+    """Processes; none: one for each processor core."""
+    deadline: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds for one response; what takes longer is wrong."""
+
+
+class MeshConfig(Settings):
+    """How devices are laid out; -1 takes the devices that the other axes leave."""
+
+    data: int = -1
+    fsdp: Positive = 1
+    tensor: Positive = 1
+
+
+class StudyConfig(Settings):
+    """A study: models, responses, comparisons. Steps and their order follow from it."""
+
+    study: Name
+    """Its name, and the folder of its results under `output`."""
+    output: str = "runs"
+    """Where studies are kept."""
+    seed: int = 0
+    """Every random draw follows from it."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the arithmetic; auto: bfloat16 on accelerators, float32 on CPU. Trained weights are kept in float32."""
+    save_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the checkpoints written for sampling and for users; auto: as `dtype`."""
+    mesh: MeshConfig = MeshConfig()
+    problems: dict[Name, ProblemsConfig]
+    models: dict[Name, ModelConfig]
+    sampling: SamplingConfig = SamplingConfig()
+    responses: tuple[ResponsesConfig, ...]
+    comparisons: tuple[ComparisonConfig, ...] = ()
+    grader: GraderConfig = GraderConfig()
+    hardest: Positive = 50
+    """Questions in the plot of pass@k on the questions that the base model solves least (Figure 4)."""
+    bootstrap: Positive = 2000
+    """Resamples of the questions behind every interval."""
+
+    @field_validator("problems", "models")
+    @classmethod
+    def some(cls, value):
+        if not value:
+            raise ValueError("needs at least one entry")
+        return value
+
+    @model_validator(mode="after")
+    def references(self):
+        def check(name, known, where):
+            if name is not None and name not in known:
+                raise ValueError(f"{where}: '{name}' is not declared{nearest(name, known)}")
+
+        for name, model in self.models.items():
+            for recipe, fields in (
+                (model.grpo, (("start", self.models), ("problems", self.problems), ("evaluate_on", self.problems))),
+                (
+                    model.sft,
+                    (
+                        ("student", self.models),
+                        ("teacher", self.models),
+                        ("problems", self.problems),
+                        ("only_solved_by", self.models),
+                    ),
+                ),
+            ):
+                kind = "grpo" if recipe is model.grpo else "sft"
+                for field, known in fields if recipe else ():
+                    check(getattr(recipe, field), known, f"models.{name}.{kind}.{field}")
+        for i, r in enumerate(self.responses):
+            for m in r.models:
+                check(m, self.models, f"responses.{i}.models")
+            for p in r.problems:
+                check(p, self.problems, f"responses.{i}.problems")
+        for i, c in enumerate(self.comparisons):
+            check(c.base, self.models, f"comparisons.{i}.base")
+            check(c.other, self.models, f"comparisons.{i}.other")
+            for p in c.problems:
+                check(p, self.problems, f"comparisons.{i}.problems")
+        for name in self.models:
+            seen = [name]
+            for ancestor in self.ancestors(name):
+                if ancestor == name:
+                    raise ValueError(f"models.{name}: the recipe goes round in a circle through {' → '.join(seen)}")
+                seen.append(ancestor)
+        return self
+
+    def needs(self, name: str) -> list[str]:
+        """The models whose weights or responses the recipe of model `name` uses, without repeats."""
+        m = self.models[name]
+        uses = [m.grpo.start] if m.grpo else []
+        if m.sft:
+            uses = [m.sft.student, m.sft.teacher, m.sft.only_solved_by]
+        return list(dict.fromkeys(u for u in uses if u))
+
+    def ancestors(self, name: str) -> list[str]:
+        """Every model that `name` depends on, directly or not; holds `name` itself if there is a circle."""
+        found, todo = [], self.needs(name)
+        while todo:
+            model = todo.pop(0)
+            if model not in found:
+                found.append(model)
+                todo += self.needs(model)
+        return found
+
+    def template(self, name: str) -> str:
+        """The prompt template of a model: its own, else its parent's, else `question`."""
+        model = self.models[name]
+        if model.template is not None:
+            return model.template
+        return self.template(model.parent) if model.parent else "question"
+
+    def model_sampling(self, name: str, override: SamplingOverride | None = None) -> SamplingConfig:
+        """The sampling settings of a model's responses; `override` wins over the model's own."""
+        changes = self.models[name].sampling.model_dump(exclude_none=True)
+        changes |= override.model_dump(exclude_none=True) if override else {}
+        return self.sampling.model_copy(update=changes)
+
+
+def _known_fields(path, root) -> list[str]:
+    """The setting names valid at the place that `path` points to (model by model down the tree)."""
+    import typing
+
+    model = root
+    for part in path:
+        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+            return []
+        fields = {f.alias or n: f.annotation for n, f in model.model_fields.items()}
+        annotation = fields.get(part)
+        candidates = [annotation, *typing.get_args(annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, pydantic.BaseModel)]
+        model = nested[0] if nested else None
+    if model is None:
+        return []
+    return [f.alias or n for n, f in model.model_fields.items()]
+
+
+def _sentence(source: str, error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    where = [p for p in first["loc"]]
+    key = ".".join(str(p) for p in where)
+    if first["type"] == "extra_forbidden":
+        # Names of models, problem sets and list positions are not settings: leave them out of the look-up.
+        path = [
+            p
+            for i, p in enumerate(where[:-1])
+            if isinstance(p, str) and not (i and where[i - 1] in ("models", "problems") and i == 1)
+        ]
+        return f"{source}: '{key}' is not a setting{nearest(str(where[-1]), _known_fields(path, StudyConfig))}"
+    message = re.sub(r"^(Value error|Assertion failed), ", "", first["msg"])
+    given = first.get("input")
+    shown = "" if first["type"] in ("missing", "value_error") else f", not {given!r:.60}"
+    return f"{source}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
+
+
+def parse(data: dict, source: str) -> StudyConfig:
+    """A `StudyConfig` from plain data; `source` names it in errors."""
+    try:
+        return StudyConfig.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise UserError(_sentence(source, error)) from None
+
+
+def override(data: dict, assignment: str) -> None:
+    """Apply one `a.b.c=value` (the value is YAML) to nested plain data, in place."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{assignment}' is not an override: write key=value, for example sampling.samples=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"'{assignment}': the value is not YAML") from None
+    at = data
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(at, list):
+            at = _item(at, part, assignment)
+        else:
+            if not isinstance(at.get(part), (dict, list)):
+                at[part] = {}
+            at = at[part]
+    if isinstance(at, list):
+        _item(at, last, assignment)
+        at[int(last)] = value
+    else:
+        at[last] = value
+
+
+def _item(items: list, part: str, assignment: str):
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"'{assignment}': '{part}' is not a position in a list of {len(items)}")
+    return items[int(part)]
+
+
+def load(path: str | Path, overrides=()) -> StudyConfig:
+    """Read a study's YAML file and apply `key=value` overrides.
+
+    Raises UserError (one sentence) if the file is missing or malformed, or a setting is unknown or impossible.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a study config is a mapping of settings, this is {type(data).__name__}")
+    for assignment in overrides:
+        override(data, assignment)
+    return parse(data, str(path))
