@@ -1,0 +1,245 @@
+"""Qwen2.5 checkpoints in and out: Hugging Face directories of safetensors.
+
+Reading is lazy: each tensor (of a sharded array, each device's slice of it) goes from the memory-mapped file to
+its device and into its place in the stacked layers, so the host never holds more than about one tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlvd_jax.errors import UserError
+from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
+from rlvd_jax.qwen2.model import Qwen2, Weight, layer_weights, top_weights
+
+# What a checkpoint directory holds besides weights and config.json.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve(name: str | Path) -> Path:
+    """The directory of a checkpoint: a local one as it is, else a hub name, whose files are downloaded."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise UserError(f"{name}: there is no such checkpoint directory, and it is not a hub name (owner/name)")
+    import huggingface_hub
+
+    try:
+        patterns = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name}: no such directory here, and the hub gave no checkpoint of that name ({reason})"
+        ) from None
+
+
+def _files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of its index, or the one there is."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{index}: not a safetensors index ({error!r})") from None
+        missing = [n for n in names if not (directory / n).exists()]
+        if missing:
+            raise UserError(f"{directory}: {missing[0]} is named in the index but missing; download it again")
+        return [directory / n for n in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: holds no safetensors file; other weight formats are not read")
+    return files
+
+
+@contextlib.contextmanager
+def _open(directory: Path):
+    """{tensor name: slice} over all files, nothing read yet."""
+    with contextlib.ExitStack() as stack:
+        tensors = {}
+        for path in _files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, "np"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+            tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        yield tensors
+
+
+def _declared(config: Qwen2Config) -> dict[str, tuple[str, int | None, Weight]]:
+    """Checkpoint name → (path in the model, layer or None, declaration)."""
+    out = {w.name: (name, None, w) for name, w in top_weights(config).items()}
+    for name, w in layer_weights(config).items():
+        for i in range(config.num_hidden_layers):
+            out[w.name.format(i)] = (f"layers/{name}", i, w)
+    return out
+
+
+def _check(directory: Path, config: Qwen2Config, tensors: dict) -> None:
+    declared = _declared(config)
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    ignored |= {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
+    missing, extra = sorted(declared.keys() - tensors.keys()), sorted(tensors.keys() - declared.keys() - ignored)
+    for what, names in (("misses", missing), ("holds unknown", extra)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{directory}: the checkpoint {what} {', '.join(names[:3])}{more}; its config.json describes another model"
+            )
+    for name, (_, _, w) in declared.items():
+        shape = tuple(tensors[name].get_shape())
+        wanted = w.shape[::-1] if w.matrix else w.shape
+        if shape != wanted:
+            raise UserError(f"{directory}: {name} has shape {list(shape)}, config.json says {list(wanted)}")
+
+
+def _read(tensor, w: Weight, index: tuple[slice, ...], dtype) -> np.ndarray:
+    """One tensor's part at `index` of our layout."""
+    part = tensor[index[1], index[0]].T if w.matrix else tensor[index]
+    return np.ascontiguousarray(part).astype(dtype)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(stack, value, i):
+    return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+
+
+def load(
+    directory: str | Path, *, param_dtype=jnp.float32, dtype=jnp.float32, mesh: Mesh | None = None, progress=None
+) -> Qwen2:
+    """A model with the weights of a checkpoint directory, placed on `mesh` (none: the first device).
+
+    Raises UserError that names what is missing, extra, misshapen or truncated. `progress` is called with
+    (tensors done, tensors in all).
+    """
+    directory = Path(directory)
+    config = Qwen2Config.from_directory(directory)
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    shardings = param_shardings(config, mesh)
+    arrays: dict[str, jax.Array] = {}
+    with _open(directory) as tensors:
+        _check(directory, config, tensors)
+        declared = _declared(config)
+        for done, (name, (path, i, w)) in enumerate(declared.items()):
+            sharding = shardings[path]
+            if i is None:
+                read = partial(_read, tensors[name], w, dtype=param_dtype)
+                arrays[path] = jax.make_array_from_callback(w.shape, sharding, read)
+            else:
+                one = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+                read = partial(_read, tensors[name], w, dtype=param_dtype)
+                value = jax.make_array_from_callback(w.shape, one, read)
+                if i == 0:
+                    shape = (config.num_hidden_layers, *w.shape)
+                    arrays[path] = jax.jit(partial(jnp.zeros, shape, param_dtype), out_shardings=sharding)()
+                arrays[path] = _place(arrays[path], value, i)
+            if progress:
+                progress(done + 1, len(declared))
+    model = nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return nnx.merge(graphdef, _fill(params, arrays))
+
+
+def _fill(params: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
+    from rlvd_jax.qwen2.mesh import path_name
+
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], params)
+
+
+def by_path(params: nnx.State) -> dict[str, jax.Array]:
+    """Weights by their path, `layers/q` or `embedding`."""
+    from rlvd_jax.qwen2.mesh import path_name
+
+    return {path_name(path): value for path, value in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def save(
+    params: nnx.State,
+    config: Qwen2Config,
+    directory: str | Path,
+    *,
+    source: str | Path | None = None,
+    dtype=jnp.float32,
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Write an ordinary Hugging Face directory, whole or not at all, in place of what stands there.
+
+    `source` gives the tokenizer and generation files, and what its config.json says besides the architecture;
+    `shard_bytes` is the largest safetensors file (one file needs no index).
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(params, config, temporary, Path(source) if source else None, jnp.dtype(dtype), shard_bytes)
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except OSError as error:
+        raise UserError(f"{directory}: the checkpoint could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dtype, shard_bytes: int) -> None:
+    arrays = by_path(params)
+    declared = _declared(config)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (_, _, w) in declared.items():
+        nbytes = int(np.prod(w.shape)) * dtype.itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    weight_map = {}
+    for k, names in enumerate(shards):
+        file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for name in names:
+            path, i, w = declared[name]
+            value = arrays[path] if i is None else arrays[path][i]
+            value = np.asarray(value.astype(dtype))
+            tensors[name] = np.ascontiguousarray(value.T if w.matrix else value)
+            weight_map[name] = file
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(int(np.prod(w.shape)) * dtype.itemsize for _, _, w in declared.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    data = config.to_dict()
+    if source:
+        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        for name in COMPANIONS:
+            if (source / name).exists():
+                shutil.copyfile(source / name, directory / name)
+    data["torch_dtype"] = dtype.name
+    (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
