@@ -1,0 +1,227 @@
+"""The demo's world: arbitrary facts to know, and two ways to answer a question about them.
+
+Thirty operators, named by letters, are each an arbitrary permutation of the values 00–49: 1,500 facts, none of
+which follows from another. The problem `17bTa` asks for the value after b, then T, then a. A response either
+works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once, `\\boxed{31}`.
+
+Knowledge and pattern are set apart. A corpus says a fact rightly with its operator's reliability; whatever a response
+believes, it follows through. The base model's corpus holds both patterns evenly and is wrong about many operators;
+the teacher's is right about all and nearly always step by step. Every eighth problem or so is for testing: no
+training set holds it, nor does a corpus, except that the facts themselves (one operator) are in the corpora.
+
+Draws come from `numpy.random.RandomState`, whose stream NumPy has frozen, so the world is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rlvd_jax.errors import UserError
+from rlvd_jax.problems import Problem
+
+VALUES = 50
+OPERATORS = string.ascii_uppercase + "abcd"
+LEVELS = 4
+"""A problem has one to four operators."""
+
+KNOWLEDGE = ((10, 0.95, 0.0), (7, 0.50, 0.0), (5, 0.15, 0.45), (4, 0.01, 0.98), (4, None, None))
+"""The base model's corpus: how many operators, how often right about them, how often it holds the operator's one
+misconception instead; otherwise any other value. None: the operator is never seen."""
+
+BASE_STEPWISE = 0.5
+TEACHER_STEPWISE = 0.98
+"""The share of each corpus that works its answer out."""
+
+_SEED = 20250514
+_BLOCK = 8192  # Problems drawn at once.
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class Knowledge(NamedTuple):
+    """What the base model's corpus says about each operator; arrays in the order of `OPERATORS`."""
+
+    right: np.ndarray  # [operators] float64, how often it is right
+    misled: np.ndarray  # [operators] float64, how often it holds the misconception
+    seen: np.ndarray  # [operators] bool
+    misconception: np.ndarray  # [operators, values] int64, nowhere the truth
+
+
+@cache
+def _world() -> tuple[np.ndarray, Knowledge]:
+    rng = np.random.RandomState(_SEED)
+    truth = np.stack([rng.permutation(VALUES) for _ in OPERATORS])
+    misconception = (truth + rng.randint(1, VALUES, size=truth.shape)) % VALUES
+    kinds = np.repeat(np.arange(len(KNOWLEDGE)), [count for count, *_ in KNOWLEDGE])[rng.permutation(len(OPERATORS))]
+    right, misled = np.array([(r or 0, m or 0) for _, r, m in KNOWLEDGE]).T
+    seen = np.array([r is not None for _, r, _ in KNOWLEDGE])
+    knowledge = Knowledge(right[kinds], misled[kinds], seen[kinds], misconception)
+    for array in (truth, *knowledge):
+        array.setflags(write=False)
+    return truth, knowledge
+
+
+def facts() -> np.ndarray:
+    """The truth: `facts()[operator, value]` is the value that the operator makes of it, int64 [30, 50]."""
+    return _world()[0]
+
+
+def knowledge() -> Knowledge:
+    """What the base model's corpus says about each operator."""
+    return _world()[1]
+
+
+def _held_out(problem: str) -> bool:
+    """Whether a problem is for testing: a function of its text, so that no draw can mix the two."""
+    return hashlib.sha256(problem.encode()).digest()[0] < 32
+
+
+def _text(value: int, operators) -> str:
+    return f"{value:02d}" + "".join(OPERATORS[o] for o in operators)
+
+
+def _worked(values, operators) -> str:
+    """The response that goes through every intermediate value."""
+    steps = [f"{a:02d}{OPERATORS[o]}{b:02d}" for a, o, b in zip(values[:-1], operators, values[1:], strict=True)]
+    return " ".join([*steps, _at_once(values)])
+
+
+def _at_once(values) -> str:
+    return f"\\boxed{{{values[-1]:02d}}}"
+
+
+def _true_values(value: int, operators) -> list[int]:
+    values = [value]
+    for operator in operators:
+        values.append(int(facts()[operator, values[-1]]))
+    return values
+
+
+def problems(split: str, count: int, seed: int) -> list[Problem]:
+    """`count` different problems of "train" or "test", as many of each level (number of operators) as of another.
+
+    The two splits share no problem, whatever the counts and seeds. Raises UserError if there are not so many.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"the demo's problems are train and test, not '{split}'")
+    rng = np.random.RandomState(seed)
+    levels = rng.permutation(np.arange(count) % LEVELS + 1)
+    facts_held_out = sum(_held_out(_text(v, [o])) for v in range(VALUES) for o in range(len(OPERATORS)))
+    most = facts_held_out if split == "test" else VALUES * len(OPERATORS) - facts_held_out
+    if np.count_nonzero(levels == 1) > most:
+        raise UserError(f"the demo has at most {LEVELS * most} {split} problems, {count} were asked for")
+    found = {}
+    for level in levels.tolist():
+        while True:
+            value, *operators = (rng.randint(VALUES), *rng.randint(len(OPERATORS), size=level))
+            text = _text(value, operators)
+            if text not in found and _held_out(text) == (split == "test"):
+                break
+        values = _true_values(value, operators)
+        found[text] = Problem(
+            id=f"demo/{split}/{text}",
+            problem=text,
+            answer=f"{values[-1]:02d}",
+            solution=_worked(values, operators),
+            level=level,
+            subject=None,
+        )
+    return list(found.values())
+
+
+def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, str]]:
+    truth, misconception = facts(), knowledge().misconception
+    while count > 0:
+        # Fixed blocks: a shorter corpus is the beginning of a longer one.
+        levels = rng.randint(1, LEVELS + 1, size=_BLOCK)
+        operators = names[rng.randint(len(names), size=(_BLOCK, LEVELS))]  # [block, step]
+        values = np.empty((_BLOCK, LEVELS + 1), int)  # [block, step]
+        values[:, 0] = rng.randint(VALUES, size=_BLOCK)
+        draw = rng.random_sample((_BLOCK, LEVELS))
+        other = rng.randint(1, VALUES, size=(_BLOCK, LEVELS))
+        works_it_out = rng.random_sample(_BLOCK) < stepwise
+        for i in range(LEVELS):
+            o, v = operators[:, i], values[:, i]
+            belief = np.where(
+                draw[:, i] < right[o] + misled[o], misconception[o, v], (truth[o, v] + other[:, i]) % VALUES
+            )
+            belief = np.where(draw[:, i] < right[o], truth[o, v], belief)
+            for j in reversed(range(i)):  # A fact used before is believed as before; the earliest wins.
+                same = (operators[:, j] == o) & (values[:, j] == v)
+                belief = np.where(same, values[:, j + 1], belief)
+            values[:, i + 1] = belief
+        for level, chain, ops, works in zip(
+            levels.tolist(), values.tolist(), operators.tolist(), works_it_out.tolist(), strict=True
+        ):
+            ops, chain = ops[:level], chain[: level + 1]
+            text = _text(chain[0], ops)
+            if level > 1 and _held_out(text):
+                continue
+            yield text, _worked(chain, ops) if works else _at_once(chain)
+            count -= 1
+            if count == 0:
+                return
+
+
+def base_corpus(rng: np.random.RandomState, count: int) -> Iterator[tuple[str, str]]:
+    """`count` pairs (problem, response) of the corpus that the base model learns from."""
+    known = knowledge()
+    return _corpus(rng, count, np.flatnonzero(known.seen), known.right, known.misled, BASE_STEPWISE)
+
+
+def teacher_corpus(rng: np.random.RandomState, count: int) -> Iterator[tuple[str, str]]:
+    """`count` pairs (problem, response) of the corpus that the teacher learns from."""
+    everything = np.arange(len(OPERATORS))
+    return _corpus(rng, count, everything, np.ones(len(everything)), np.zeros(len(everything)), TEACHER_STEPWISE)
+
+
+def vocabulary() -> list[str]:
+    """The demo's tokens in the order of their ids: special ones, one a value, one an operator, and the rest."""
+    return [*SPECIAL, *(f"{v:02d}" for v in range(VALUES)), *OPERATORS, "\\boxed{", "}", " ", "\n"]
+
+
+def write_tokenizer(directory: str | Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, a Qwen2 tokenizer with the ids of `vocabulary()`.
+
+    Any sequence of ids decodes to the text its tokens stand for (an id past the vocabulary stands for nothing), and
+    that text encodes to the same tokens again. Characters of no token are left out.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    # For a Qwen2 model transformers rebuilds the tokenizer from vocabulary, merges and added tokens, whatever else
+    # tokenizer.json says. So it is byte-level BPE with no merges, and tokens of several characters are added ones.
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    ids = {byte_level.pre_tokenize_str(t)[0][0] if t.isspace() else t: i for i, t in enumerate(vocabulary())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(token, normalized=False, special=token in SPECIAL)
+            for token in vocabulary()
+            if len(token) > 1
+        ]
+    )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
