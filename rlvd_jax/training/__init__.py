@@ -1,0 +1,1 @@
+"""Training: GRPO and SFT on packed batches over a mesh of devices."""

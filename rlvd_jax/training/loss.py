@@ -1,0 +1,128 @@
+"""The loss of GRPO and its variants, and of SFT: one function of the tokens' log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+LOGITS_AT_ONCE = 2**27  # elements of the one block of logits that exists at a time on a device: 512 MiB in float32
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the policy's update maximises; the fields are those of `GRPOConfig`."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    ratio: Literal["token", "sequence"] = "token"
+    kl: float = 0.0
+
+
+@jax.custom_vjp
+def _logits(hidden, table):
+    """hidden [..., D] times table [V, D], both in hidden's dtype, accumulated in float32 → [..., V] float32."""
+    return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(hidden, table):
+    return _logits(hidden, table), (hidden, table)
+
+
+def _logits_backward(saved, g):
+    # Left to itself JAX would multiply the float32 cotangent with bfloat16 matrices, in float32 and slowly. The
+    # table's own gradient stays in float32: it is summed over the chunks.
+    hidden, table = saved
+    g = g.astype(hidden.dtype)
+    to_hidden = jnp.einsum("...v,vd->...d", g, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    to_table = jnp.einsum("...v,...d->vd", g, hidden, preferred_element_type=jnp.float32)
+    return to_hidden.astype(hidden.dtype), to_table.astype(table.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
+def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: int = 1, logits: int = LOGITS_AT_ONCE):
+    """Log-probability of each token given those before it, at `temperature` over the full vocabulary.
+
+    hidden: [rows, T, D]; table: [V, D]; tokens: [rows, T] int32; shards: devices that the rows are split over.
+    → (logp, entropy), float32 [rows, T]: at index t of token t and of the distribution it was drawn from, in nats; 0 at
+    index 0. No gradient flows through the entropy. Logits are made in chunks of at most `logits` elements a
+    device and made again in the backward pass, so [rows, T, V] never exists.
+    """
+    rows, time, width = hidden.shape
+    positions = time - 1  # the last hidden state predicts nothing here
+    chunks = min(positions, max(1, -(-rows * positions * table.shape[0] // (shards * logits))))
+    size = -(-positions // chunks)
+
+    @jax.checkpoint
+    def chunk(hidden, target):  # [rows, size, D], [rows, size]
+        z = _logits(hidden, table) / temperature
+        norm = jax.nn.logsumexp(z, axis=-1)
+        # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
+        at_target = jnp.arange(z.shape[-1]) == target[..., None]
+        logp = jnp.sum(jnp.where(at_target, z, 0), axis=-1) - norm
+        entropy = norm - jnp.sum(jnp.exp(z - norm[..., None]) * z, axis=-1)
+        return logp, jax.lax.stop_gradient(entropy)
+
+    def split(x):  # [rows, positions, …] → [chunks, rows, size, …]
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+    with jax.named_scope("logprobs"):
+        if chunks == 1:
+            out = chunk(hidden[:, :-1], tokens[:, 1:])
+        else:
+            out = jax.lax.map(lambda x: chunk(*x), (split(hidden[:, :-1]), split(tokens[:, 1:])))
+            out = [jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :positions] for x in out]
+        return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in out)
+
+
+def segment_mean(x, mask, segments):
+    """Mean of x over the masked tokens of each token's segment; all [rows, T] → float32 [rows, T]."""
+
+    def of_row(x, mask, segments):
+        sums = jnp.zeros((len(x) + 1, 2)).at[segments].add(jnp.stack([jnp.where(mask, x, 0), mask], axis=-1))
+        return (sums[:, 0] / jnp.maximum(sums[:, 1], 1))[segments]
+
+    return jax.vmap(of_row)(x, mask, segments)
+
+
+def loss(logp, batch, objective: Objective | None):
+    """Sum over tokens of weight × term, and the sums behind the metrics.
+
+    logp: [rows, T] of the model in training; batch: arrays [rows, T] (see batches.py) and, where there are several
+    updates a batch or a KL term, `old` and `reference`, log-probabilities under the policy before the first update and
+    under the start model. Without `old` the batch is on policy and old is logp itself, without gradient: the
+    ratio is 1 and clipping does nothing.
+
+    objective None, supervised: term = -logp. Otherwise (section 4; Shao et al., 2024)
+        term = -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + kl · (exp(d) - d - 1),  d = reference - logp,
+    where ρ = exp(logp - old), or for ratio = sequence the exponential of its mean over the response (GSPO).
+    """
+    mask = batch["weight"] > 0
+    sums = {"tokens": jnp.sum(mask, dtype=jnp.float32)}
+    if objective is None:
+        term = -logp
+    else:
+        old = batch["old"] if "old" in batch else jax.lax.stop_gradient(logp)
+        log_ratio = jnp.where(mask, logp - old, 0)  # outside the mask exp could overflow
+        if objective.ratio == "sequence":
+            log_ratio = segment_mean(log_ratio, mask, batch["segments"])
+        ratio, a = jnp.exp(log_ratio), batch["advantage"]
+        clipped = jnp.where(a > 0, ratio > 1 + objective.clip_high, ratio < 1 - objective.clip_low) & (a != 0)
+        bound = jnp.where(a > 0, 1 + objective.clip_high, 1 - objective.clip_low)
+        term = -a * jnp.where(clipped, bound, ratio)
+        sums["clipped"] = jnp.sum(mask & clipped, dtype=jnp.float32)
+        if objective.kl:
+            d = jnp.where(mask, batch["reference"] - logp, 0)
+            k3 = jnp.exp(d) - d - 1
+            term += objective.kl * k3
+            sums["kl"] = jnp.sum(k3)
+    if "logp" in batch:
+        delta = jnp.where(mask, jnp.abs(logp - batch["logp"]), 0)
+        sums |= {"delta_logp": jnp.sum(delta), "delta_logp_max": jnp.max(delta)}
+    sums["loss"] = jnp.sum(jnp.where(mask, batch["weight"] * term, 0))
+    return sums["loss"], jax.lax.stop_gradient(sums)

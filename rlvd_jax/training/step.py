@@ -1,0 +1,133 @@
+"""The train step: one jitted update over a mesh of devices, with gradient accumulation, for GRPO and SFT."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlvd_jax.config import OptimizerConfig
+from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.qwen2 import mesh as mesh_rules
+from rlvd_jax.training.loss import Objective, loss, token_logprobs
+from rlvd_jax.training.optimizer import learning_rate, make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """All that an update changes."""
+
+    params: nnx.State  # float32 master weights
+    optimizer: optax.OptState
+    step: jax.Array  # int32 [], updates done
+
+
+class Trainer:
+    """The compiled functions of one training run.
+
+    model: gives the architecture and the dtype of the arithmetic; its weights are not used, so it may be abstract
+    (`nnx.eval_shape`). objective: GRPO's, or None for supervised training. Weights lie on the mesh as
+    qwen2/mesh.py says; a batch's rows are split over the axes data and fsdp.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2,
+        mesh: Mesh,
+        optimizer: OptimizerConfig,
+        objective: Objective | None = None,
+        temperature: float = 1.0,
+    ):
+        self.graphdef, params = nnx.split(model, nnx.Param)
+        self.mesh, self.objective, self.temperature = mesh, objective, temperature
+        self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
+        self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.whole = NamedSharding(mesh, PartitionSpec())
+        self.rows = NamedSharding(mesh, PartitionSpec(None, *mesh_rules.BATCH))
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+        self.shardings = self._state_shardings(model.config, params)
+        place = functools.partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
+        self.abstract_state = place(jax.eval_shape(self._init, params), self.shardings)
+        self._jit_init = jax.jit(self._init, donate_argnums=0, out_shardings=self.shardings)
+        self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, self.whole))
+        self.logprobs = jax.jit(self._logprobs, out_shardings=self.rows)
+
+    def init(self, params: nnx.State) -> TrainState:
+        """The state that training starts from. It takes the arrays of `params` over: don't use them again."""
+        return self._jit_init(jax.device_put(params, self.shardings.params))
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Put a packed batch on the mesh; every process passes the same batch."""
+
+        def put(x):
+            return jax.make_array_from_callback(x.shape, self.rows if x.ndim else self.whole, lambda index: x[index])
+
+        with jax.transfer_guard("allow"):
+            return {name: put(x) for name, x in batch.items()}
+
+    # `update(state, batch) -> (state, metrics)`, donates the state; metrics: float32 scalars, means over the tokens of
+    # the loss. `logprobs(params, batch) -> [micro, rows, T]` float32, of each token given those before it.
+
+    def _init(self, params):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        return TrainState(params, self.optimizer.init(params), jnp.int32(0))
+
+    def _state_shardings(self, config, params):
+        of_params = mesh_rules.state_shardings(config, self.mesh, params)
+        state = jax.eval_shape(self.optimizer.init, params)
+        of_optimizer = optax.tree_utils.tree_map_params(
+            self.optimizer, lambda _, s: s, state, of_params, transform_non_params=lambda _: self.whole
+        )
+        return TrainState(of_params, of_optimizer, self.whole)
+
+    def _forward(self, params, micro):
+        model = nnx.merge(self.graphdef, params)
+        hidden = model(micro["tokens"], micro["positions"], micro["segments"])
+        return token_logprobs(
+            hidden, model.unembedding(), micro["tokens"], temperature=self.temperature, shards=self.batch_shards
+        )
+
+    def _loss(self, params, micro):
+        logp, entropy = self._forward(params, micro)
+        value, sums = loss(logp, micro, self.objective)
+        return value, sums | {"entropy": jnp.sum(jnp.where(micro["weight"] > 0, entropy, 0))}
+
+    def _update(self, state: TrainState, batch):
+        used, batch = batch["used"], {name: x for name, x in batch.items() if name != "used"}
+        gradient = jax.grad(self._loss, has_aux=True)
+
+        def accumulate(i, total):
+            new = gradient(state.params, jax.tree.map(lambda x: x[i], batch))
+            grads, sums = jax.tree.map(jnp.add, total, new)
+            most = {k: jnp.maximum(total[1][k], new[1][k]) for k in sums if k.endswith("_max")}
+            return jax.lax.with_sharding_constraint(grads, self.shardings.params), sums | most
+
+        if batch["tokens"].shape[0] == 1:  # no accumulator to hold
+            grads, sums = gradient(state.params, jax.tree.map(lambda x: x[0], batch))
+        else:
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], batch))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            grads, sums = jax.lax.fori_loop(0, used, accumulate, zeros)
+        with jax.named_scope("optimizer"):
+            changes, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, changes)
+        tokens = sums["tokens"]
+        metrics = {k: v / jnp.maximum(tokens, 1) for k, v in sums.items()}
+        metrics |= {k: v for k, v in sums.items() if k in ("loss", "tokens") or k.endswith("_max")}
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": self.rate(state.step)}
+        return TrainState(params, optimizer, state.step + 1), metrics
+
+    def _logprobs(self, params, batch):
+        def fill(i, out):
+            logp, _ = self._forward(params, jax.tree.map(lambda x: x[i], batch))
+            return jax.lax.dynamic_update_index_in_dim(out, logp, i, 0)
+
+        used, batch = batch["used"], {k: batch[k] for k in ("tokens", "positions", "segments")}
+        return jax.lax.fori_loop(0, used, fill, jnp.zeros(batch["tokens"].shape, jnp.float32))
