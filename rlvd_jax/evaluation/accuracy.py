@@ -38,7 +38,7 @@ def majority(group, correct, valid) -> tuple[np.ndarray, np.ndarray]:
     group counts as correct by the share of its verdicts that are (all or none, when equal answers are judged alike).
     """
     answered = valid & (group >= 0)
-    questions, n = group.shape
+    questions = len(group)
     width = int(group.max(initial=-1)) + 1
     if not width:
         return np.zeros(questions), np.zeros(questions)

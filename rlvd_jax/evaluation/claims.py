@@ -269,8 +269,8 @@ def correct_is_shorter(pair: Pair) -> Verdict:
     """Mean length of incorrect responses less that of correct ones, for each of the two models. Shown if both
     intervals lie above 0; not shown if either lies at or below 0."""
     verdicts, evidence = [], []
-    for name, measures in ((pair.base_name, pair.base), (pair.other_name, pair.other)):
-        _, correct, incorrect = (pair.style(measures, "length")[i] for i in range(3))
+    for name, style in zip((pair.base_name, pair.other_name), pair.style, strict=True):
+        correct, incorrect = style["length"][1], style["length"][2]
         gap = (incorrect - correct).estimate()
         verdicts.append(above(gap))
         evidence.append(
@@ -283,7 +283,7 @@ def correct_is_shorter(pair: Pair) -> Verdict:
 def not_longer(pair: Pair) -> Verdict:
     """The relative change of the mean length of all responses. Shown if the interval excludes more than 5% longer;
     not shown if it does not and lies above 0."""
-    base, other = (pair.style(m, "length")[0] for m in (pair.base, pair.other))
+    base, other = (style["length"][0] for style in pair.style)
     change = (other / base - 1).estimate()
     return no_rise(change, LENGTH_MARGIN), (
         f"Mean length {base.value[0]:.1f} → {other.value[0]:.1f}: {number(change, 100, 1, '%', '+')}."
@@ -293,7 +293,7 @@ def not_longer(pair: Pair) -> Verdict:
 def fewer_keywords(pair: Pair) -> Verdict:
     """The difference in reflection phrases a response, counted as whole words. Shown if the interval lies below 0;
     not shown if it lies at or above 0; unclear if neither model uses any."""
-    base, other = (pair.style(m, "keywords")[0] for m in (pair.base, pair.other))
+    base, other = (style["keywords"][0] for style in pair.style)
     if not base.value[0] and not other.value[0]:
         return UNCLEAR, "No response of either model has a reflection phrase."
     change = (other - base).estimate()

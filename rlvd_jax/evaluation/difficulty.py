@@ -64,16 +64,17 @@ def unchanged(successes, samples, new_samples, bounds=BOUNDS, iterations: int = 
     successes, samples, new_samples = (np.asarray(x, int) for x in (successes, samples, new_samples))
     p = np.sin(np.linspace(0, np.pi / 2, 201)) ** 2
     p[-1] = 1.0
-    likelihood = np.empty((len(successes), len(p)))
-    for n in np.unique(samples):
-        rows = samples == n
-        likelihood[rows] = _binomial(n, p)[successes[rows]]
-    kinds, kind, times = np.unique(likelihood, axis=0, return_inverse=True, return_counts=True)
+    # Questions with equal counts are of one kind.
+    _, first, kind, times = np.unique(
+        samples * (successes.max() + 1) + successes, return_index=True, return_inverse=True, return_counts=True
+    )
+    pmf = {n: _binomial(n, p) for n in np.unique(samples)}
+    kinds = np.stack([pmf[samples[i]][successes[i]] for i in first])  # likelihoods [kinds, grid]
     weight = np.full(len(p), 1 / len(p))
     for _ in range(iterations):
         weight = weight * (kinds.T @ (times / (kinds @ weight))) / len(successes)
     posterior = kinds * weight
-    posterior = (posterior / posterior.sum(axis=1, keepdims=True))[kind.reshape(-1)]  # [Q, grid]
+    posterior = (posterior / posterior.sum(axis=1, keepdims=True))[kind]  # [Q, grid]
     result = np.empty((len(successes), len(bounds)))
     for n in np.unique(new_samples):
         rows = new_samples == n

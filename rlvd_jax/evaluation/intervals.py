@@ -109,11 +109,12 @@ class Bootstrap:
         columns = np.concatenate([numerator, denominator], axis=1)
         used = denominator.any(axis=1) | numerator.any(axis=1)
         columns = columns[used]
+        total = columns.sum(axis=0)
+        columns = columns.astype(np.float32)  # the draws only: twice as fast, and an interval needs no 7th digit
         draws = np.empty((len(self.weights), columns.shape[1]))
         for start in range(0, len(draws), CHUNK):
             weights = self.weights[start : start + CHUNK]
-            draws[start : start + CHUNK] = (weights if used.all() else weights[:, used]).astype(float) @ columns
-        total = columns.sum(axis=0)
+            draws[start : start + CHUNK] = (weights if used.all() else weights[:, used]).astype(np.float32) @ columns
         bearing = np.broadcast_to(np.count_nonzero(denominator, axis=0), (m,))
         with np.errstate(divide="ignore", invalid="ignore"):
             return Resampled(total[:m] / total[m:], draws[:, :m] / draws[:, m:], bearing)

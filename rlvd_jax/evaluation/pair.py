@@ -67,9 +67,10 @@ class Pair:
         first = int(above[-1]) + 2 if len(above) else 1
         return first if first <= self.k else None
 
-    def style(self, m: Measures, name: str, mask=None) -> Resampled:
-        """Mean over responses of one of STYLE: all, correct and incorrect responses to the questions of mask [Q]."""
-        return style_means(self.bootstrap, m, mask)[name]
+    @cached_property
+    def style(self) -> tuple[dict[str, Resampled], dict[str, Resampled]]:
+        """Base and other model's `style_means` over all questions."""
+        return style_means(self.bootstrap, self.base), style_means(self.bootstrap, self.other)
 
 
 def style_means(bootstrap: Bootstrap, m: Measures, mask=None) -> dict[str, Resampled]:
