@@ -297,15 +297,19 @@ def _load_hub(name: str, split: str | None) -> list[Problem]:
     else:
         raise UserError(f"'{name}' is neither a known set nor a hub data set owner/name{nearest(name, HUB_SETS)}")
 
-    files, fetch = _listing(wanted.repo)
-    rows = [row for file in _choose(wanted, files, fetch) for row in _rows(fetch(file), f"{wanted.repo}, {file}")]
+    label, files, fetch = _listing(wanted.repo)
+    rows = [
+        row for file in _choose(label, wanted, files, fetch) for row in _rows(fetch(file), f"{wanted.repo}, {file}")
+    ]
     names = list(dict.fromkeys(key for _, row in rows for key in row))
     known = {key.lower().replace(" ", "_"): key for key in reversed(names)}
     columns = {field: known[c] for field, candidates in COLUMNS.items() for c in reversed(candidates) if c in known}
     if rows and "problem" not in columns:
         raise UserError(f"{wanted.repo}: no column looks like a problem (columns there: {_listed(names)})")
     if rows and not columns.keys() & {"answer", "solution"}:
-        raise UserError(f"{wanted.repo}: no column looks like an answer or a solution (columns: {_listed(names)})")
+        raise UserError(
+            f"{wanted.repo}: no column looks like an answer or a solution (columns there: {_listed(names)})"
+        )
     ids = [row.get(columns.get("id")) for _, row in rows]
     if not all(isinstance(i, str) and i for i in ids) or len(set(ids)) < len(ids):
         columns.pop("id", None)  # A column of that name that does not tell them apart, or only within its split.
@@ -314,9 +318,12 @@ def _load_hub(name: str, split: str | None) -> list[Problem]:
     ]
 
 
-def _listing(repo: str) -> tuple[list[str], Callable[[str], Path]]:
-    """The files of a hub data set, and a function that brings one here. What an earlier run brought will do when the
-    hub cannot be reached. Honours huggingface_hub's environment variables (HF_HOME, HF_ENDPOINT, HF_TOKEN ...)."""
+def _listing(repo: str) -> tuple[str, list[str], Callable[[str], Path]]:
+    """What to call a hub data set in errors, its files, and a function that brings one here.
+
+    What an earlier run brought will do when the hub cannot be reached. huggingface_hub's environment variables
+    (HF_HOME, HF_ENDPOINT, HF_TOKEN ...) are honoured.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -326,15 +333,21 @@ def _listing(repo: str) -> tuple[list[str], Callable[[str], Path]]:
         raise UserError(f"{repo}: accept the data set's terms on the hub and set HF_TOKEN to read it") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{repo}: the hub has no such data set, or it is private and needs HF_TOKEN") from None
-    except Exception as error:  # noqa: BLE001 - the client passes on whatever its HTTP library raises, which changed
+    except Exception as error:  # The client passes on what its HTTP library raises, and that library has changed.
         try:
-            folder = Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", local_files_only=True))
-        except Exception:  # noqa: BLE001
+            cached = [
+                r for r in huggingface_hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("dataset", repo)
+            ]
+        except errors.CacheNotFound:
+            cached = []
+        if not cached:
             raise UserError(
                 f"{repo}: the hub cannot be reached and no earlier download is kept here "
                 f"({_first_line(error)}): check the network, or export the problems to a JSON Lines file"
             ) from error
-        return [f.relative_to(folder).as_posix() for f in sorted(folder.rglob("*")) if f.is_file()], folder.joinpath
+        folder = max(cached[0].revisions, key=lambda revision: revision.last_modified).snapshot_path
+        files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+        return f"{repo} as downloaded before (the hub cannot be reached)", files, folder.joinpath
 
     def fetch(file: str) -> Path:
         try:
@@ -342,40 +355,40 @@ def _listing(repo: str) -> tuple[list[str], Callable[[str], Path]]:
         except Exception as error:
             raise UserError(f"{repo}: {file} cannot be downloaded from the hub ({_first_line(error)})") from error
 
-    return [s.rfilename for s in info.siblings or ()], fetch
+    return repo, [sibling.rfilename for sibling in info.siblings or ()], fetch
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _choose(wanted: HubSet, files: list[str], fetch: Callable[[str], Path]) -> list[str]:
+def _choose(label: str, wanted: HubSet, files: list[str], fetch: Callable[[str], Path]) -> list[str]:
     """The files of the wanted split, all of them, in order."""
-    subsets = _splits(wanted.repo, files, fetch)
+    subsets = _splits(files, fetch)
     if not subsets:
-        raise UserError(f"{wanted.repo}: no Parquet, JSON Lines or JSON files (files there: {_listed(files)})")
+        raise UserError(f"{label}: no Parquet, JSON Lines or JSON files (files there: {_listed(files)})")
     subset = wanted.subset or (next(iter(subsets)) if len(subsets) == 1 else "default")
     if subset not in subsets:
         if wanted.subset or len(subsets) == 1:
-            raise UserError(f"{wanted.repo}: no subset '{subset}'{nearest(subset, subsets)}")
-        raise UserError(f"{wanted.repo} has the subsets {_listed(subsets)}: set split to subset/split")
+            raise UserError(f"{label}: no subset '{subset}'{nearest(subset, subsets)}")
+        raise UserError(f"{label} has the subsets {_listed(subsets)}: set split to subset/split")
     splits = subsets[subset]
     split = wanted.split or (next(iter(splits)) if len(splits) == 1 else None)
     if split is None:
-        raise UserError(f"{wanted.repo} has the splits {_listed(splits)}: set split to one of them")
+        raise UserError(f"{label} has the splits {_listed(splits)}: set split to one of them")
     if split not in splits:
-        raise UserError(f"{wanted.repo}: no split '{split}'{nearest(split, splits)}")
+        raise UserError(f"{label}: no split '{split}'{nearest(split, splits)}")
     chosen = splits[split]
     for file in chosen:
         if (part := re.search(r"-of-(\d+)", file)) and len(chosen) < int(part[1]):
             raise UserError(
-                f"{wanted.repo}: {len(chosen)} of the {int(part[1])} files of split '{split}' are there "
+                f"{label}: {len(chosen)} of the {int(part[1])} files of split '{split}' are there "
                 "(an unfinished download?): run again with the hub in reach"
             )
     return chosen
 
 
-def _splits(repo: str, files: list[str], fetch: Callable[[str], Path]) -> dict[str, dict[str, list[str]]]:
+def _splits(files: list[str], fetch: Callable[[str], Path]) -> dict[str, dict[str, list[str]]]:
     """subset → split → files: as the data set's card declares them, else by their names."""
     data = [f for f in sorted(files) if f.endswith((".parquet", ".jsonl", ".json")) and f != "dataset_infos.json"]
     found = {}

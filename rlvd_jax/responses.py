@@ -123,7 +123,7 @@ class ResponseSet:
         table = _table(responses)
         try:
             self._start_writing()
-            number = int(_SHARD.fullmatch(self._shards[-1].name)[1]) + 1 if self._shards else 0
+            number = max((int(_SHARD.fullmatch(s.name)[1]) for s in self._shards), default=-1) + 1
             shard = self.directory / f"shard-{number:05d}.parquet"
             if shard.exists():
                 raise UserError(f"{self.directory}: another process writes to this set: let one of them finish")

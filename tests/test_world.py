@@ -1,0 +1,201 @@
+import hashlib
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import transformers
+
+from rlvd_jax.demo import world
+from rlvd_jax.errors import UserError
+
+RESPONSE = re.compile(r"((?:\d\d[A-Za-z]\d\d )*)\\boxed\{(\d\d)\}")
+
+
+def steps(response):
+    """The (value, operator, result) steps that a response writes, and its final value."""
+    worked, final = RESPONSE.fullmatch(response).groups()
+    return [(int(s[:2]), world.OPERATORS.index(s[2]), int(s[3:])) for s in worked.split()], int(final)
+
+
+def corpus(kind, count=40_000, seed=0):
+    return list(getattr(world, f"{kind}_corpus")(np.random.RandomState(seed), count))
+
+
+def test_facts_are_thirty_fixed_permutations():
+    facts = world.facts()
+    assert facts.shape == (30, 50) and len(set(world.OPERATORS)) == 30
+    assert (np.sort(facts, axis=1) == np.arange(50)).all()
+    # The shipped model knows exactly this world: it must never change.
+    digest = hashlib.sha256(facts.astype("<i4").tobytes()).hexdigest()
+    assert digest[:16] == "ef60aa61811cf696"
+
+
+def test_knowledge_has_the_designed_kinds():
+    k = world.knowledge()
+    kinds = Counter(zip(k.right.tolist(), k.misled.tolist(), k.seen.tolist(), strict=True))
+    assert kinds == {
+        (0.95, 0.0, True): 10,
+        (0.50, 0.0, True): 7,
+        (0.15, 0.45, True): 5,
+        (0.01, 0.98, True): 4,
+        (0.0, 0.0, False): 4,
+    }
+    assert (k.misconception != world.facts()).all()
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 1024), ("test", 512), ("test", 7)])
+def test_problems(split, count):
+    problems = world.problems(split, count, seed=3)
+    assert len({p.id for p in problems}) == len({p.problem for p in problems}) == count
+    levels = Counter(p.level for p in problems)
+    assert set(levels) == {1, 2, 3, 4} and max(levels.values()) - min(levels.values()) <= 1
+    for p in problems:
+        assert p.id == f"demo/{split}/{p.problem}"
+        value = int(p.problem[:2])
+        done, final = steps(p.solution)
+        assert [world.OPERATORS[o] for _, o, _ in done] == list(p.problem[2:]) and len(done) == p.level
+        for before, operator, after in done:
+            assert before == value and after == world.facts()[operator, before]
+            value = after
+        assert final == value == int(p.answer) and len(p.answer) == 2
+
+
+def test_problems_depend_on_their_seed_alone():
+    assert world.problems("train", 64, 1) == world.problems("train", 64, 1)
+    assert world.problems("train", 64, 1) != world.problems("train", 64, 2)
+
+
+def test_train_and_test_are_disjoint_and_the_corpora_hold_no_composed_test_problem():
+    train = {p.problem for seed in range(4) for p in world.problems("train", 2000, seed)}
+    test = {p.problem for seed in range(4) for p in world.problems("test", 600, seed)}
+    assert not train & test
+    composed = {t for t in test if len(t) > 3}
+    seen = {problem for kind in ("base", "teacher") for problem, _ in corpus(kind)}
+    assert not composed & seen
+    assert test & seen  # Single facts are there.
+
+
+def test_more_problems_than_there_are():
+    with pytest.raises(UserError, match="at most 756 test problems, 1000 were asked for"):
+        world.problems("test", 1000, 0)
+    with pytest.raises(UserError, match="not 'dev'"):
+        world.problems("dev", 1, 0)
+
+
+def test_base_corpus_holds_each_belief_as_often_as_designed():
+    k, facts = world.knowledge(), world.facts()
+    right, misled, total = np.zeros(30), np.zeros(30), np.zeros(30)
+    at_once = 0
+    pairs = corpus("base", 60_000)
+    for _, response in pairs:
+        done, _ = steps(response)
+        at_once += not done
+        for before, operator, after in set(done):
+            total[operator] += 1
+            right[operator] += after == facts[operator, before]
+            misled[operator] += after == k.misconception[operator, before]
+    assert (total[~k.seen] == 0).all() and (total[k.seen] > 2000).all()
+    deviation = 4.5 * np.sqrt(0.25 / 2000)
+    seen = k.seen
+    assert np.abs(right[seen] / total[seen] - k.right[seen]).max() < deviation
+    # Whoever is wrong otherwise falls on the misconception as on any other value.
+    by_chance = (1 - k.right - k.misled)[seen] / 49
+    assert np.abs(misled[seen] / total[seen] - k.misled[seen] - by_chance).max() < deviation
+    assert abs(at_once / len(pairs) - world.BASE_STEPWISE) < 0.01
+    assert not any(world.OPERATORS[o] in problem for problem, _ in pairs for o in np.flatnonzero(~k.seen))
+
+
+def test_a_response_follows_its_own_beliefs_through():
+    repeated = 0
+    for problem, response in corpus("base"):
+        done, final = steps(response)
+        if not done:
+            continue
+        assert problem == f"{done[0][0]:02d}" + "".join(world.OPERATORS[o] for _, o, _ in done)
+        assert [b for b, _, _ in done[1:]] == [a for _, _, a in done[:-1]] and done[-1][2] == final
+        beliefs = {}
+        for before, operator, after in done:
+            repeated += (before, operator) in beliefs
+            assert beliefs.setdefault((before, operator), after) == after
+    assert repeated > 20  # The case did occur.
+
+
+def test_answers_at_once_state_what_the_beliefs_give():
+    """One operator at once is right as often as one operator worked out."""
+    k, facts = world.knowledge(), world.facts()
+    sure = {world.OPERATORS[o] for o in np.flatnonzero(k.right == 0.95)}
+    results = {True: [], False: []}
+    for problem, response in corpus("base"):
+        if len(problem) == 4 and set(problem[2:]) <= sure:
+            done, final = steps(response)
+            a, b = (world.OPERATORS.index(o) for o in problem[2:])
+            results[bool(done)].append(final == facts[b, facts[a, int(problem[:2])]])
+    for right in results.values():
+        assert len(right) > 500 and abs(np.mean(right) - 0.95**2) < 0.05
+
+
+def test_teacher_corpus_is_right_and_nearly_always_step_by_step():
+    facts = world.facts()
+    pairs = corpus("teacher")
+    worked = 0
+    for problem, response in pairs:
+        value = int(problem[:2])
+        for o in problem[2:]:
+            value = facts[world.OPERATORS.index(o), value]
+        done, final = steps(response)
+        worked += bool(done)
+        assert final == value and all(facts[o, b] == a for b, o, a in done)
+    assert abs(worked / len(pairs) - world.TEACHER_STEPWISE) < 0.005
+    assert {o for problem, _ in pairs for o in problem[2:]} == set(world.OPERATORS)
+
+
+def test_a_shorter_corpus_is_the_beginning_of_a_longer_one():
+    for kind in ("base", "teacher"):
+        assert corpus(kind, 10_000)[:500] == corpus(kind, 500)
+        assert corpus(kind, 500, seed=1) != corpus(kind, 500)
+    assert corpus("base", 2) == [("02b", "02b23 \\boxed{23}"), ("25aMKZ", "\\boxed{29}")]
+
+
+@pytest.fixture(scope="module", params=["alone", "beside a Qwen2 config"])
+def tokenizer(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    world.write_tokenizer(directory)
+    if request.param != "alone":
+        # transformers then rebuilds the tokenizer as Qwen2's own class.
+        (directory / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 96}))
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def test_tokenizer_is_one_token_a_symbol(tokenizer):
+    vocabulary = world.vocabulary()
+    assert len(tokenizer) == len(vocabulary) == 87
+    text = r"17bTa17b42 42T05 05a31 \boxed{31}" + "\n<|im_end|>"
+    symbols = ["17", *"bTa", "17", "b", "42", " ", "42", "T", "05", " ", "05", "a", "31", " ", "\\boxed{", "31", "}"]
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [vocabulary.index(s) for s in [*symbols, "\n", "<|im_end|>"]]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>" and tokenizer.bos_token is None
+
+
+def test_tokenizer_round_trip_on_responses(tokenizer):
+    for problem, response in [*corpus("base", 500), *corpus("teacher", 500)]:
+        ids = tokenizer(problem + response, add_special_tokens=False)["input_ids"]
+        operators = len(problem) - 2
+        worked = 4 * operators if " " in response else 0  # Each step: value, operator, value, space.
+        assert len(ids) == 1 + operators + worked + 3
+        assert tokenizer.decode(ids) == problem + response
+
+
+def test_tokenizer_decodes_whatever_a_model_samples(tokenizer):
+    vocabulary = world.vocabulary()
+    rng = np.random.RandomState(0)
+    for _ in range(1000):
+        ids = rng.randint(0, 96, size=24).tolist()  # 87 to 95: rows that pad the embedding.
+        plain = [i for i in ids if len(world.SPECIAL) <= i < len(vocabulary)]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert text == "".join(vocabulary[i] for i in plain)
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == plain
+        whole = tokenizer.decode(ids)
+        assert whole == "".join(vocabulary[i] for i in ids if i < len(vocabulary))
