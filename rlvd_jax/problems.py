@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from rlvd_jax.errors import UserError, nearest
+from rlvd_jax.grading.answers import extract
 
 if TYPE_CHECKING:  # The settings need pydantic, a problem does not.
     from rlvd_jax.config import ProblemsConfig
@@ -37,6 +38,8 @@ class Problem:
 
 
 class HubSet(NamedTuple):
+    """Where on the hub a set is; an empty subset or split is to be found out."""
+
     repo: str
     subset: str
     split: str
@@ -144,9 +147,6 @@ def _problem(record: dict, columns: dict[str, str], where: str, id: str, answers
     def fail(name, what):
         raise UserError(f"{where}: '{columns[name]}' is {what}")
 
-    for name in ("id", "problem", "answer", "solution"):
-        if not _is_unicode(field(name)):
-            fail(name, "not valid Unicode (it holds a lone surrogate)")
     problem, answer, solution, given = field("problem"), field("answer"), field("solution"), field("id")
     if problem is None:
         raise UserError(f"{where}: no '{columns['problem']}' (fields there: {_listed(record)})")
@@ -162,12 +162,12 @@ def _problem(record: dict, columns: dict[str, str], where: str, id: str, answers
             solution = answer  # GSM8K's answers are worked solutions.
     elif solution is not None:
         fixed = [a for start, a in answers.items() if problem.startswith(start)]
-        if not fixed and boxed(solution) is None and "####" not in solution:
+        if not fixed and extract(solution) is None and "####" not in solution:
             fail("solution", "all there is to take the answer from, but holds no \\boxed{}")
         gold = fixed[0] if fixed else _gold(solution, f"{where}: the box of '{columns['solution']}'")
     else:
         raise UserError(f"{where}: neither an answer nor a solution (fields there: {_listed(record)})")
-    return Problem(
+    made = Problem(
         id=id if given is None else str(given),
         problem=problem,
         answer=gold,
@@ -175,18 +175,16 @@ def _problem(record: dict, columns: dict[str, str], where: str, id: str, answers
         level=_level(field("level")),
         subject=None if field("subject") is None else str(field("subject")),
     )
+    for name, value in vars(made).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: the {name} is not valid Unicode (it holds a lone surrogate)") from None
+    return made
 
 
 def _listed(names: Iterable) -> str:
     return ", ".join(map(str, names)) or "none"
-
-
-def _is_unicode(value) -> bool:
-    try:
-        str(value).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _gold(value, where: str) -> str:
@@ -198,7 +196,7 @@ def _gold(value, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{where} is neither text nor a number")
     text = str(value)
-    if (inside := boxed(text)) is not None:
+    if (inside := extract(text)) is not None:
         text = inside
     elif "####" in text:
         text = re.sub(r"(?<=\d),(?=\d{3})", "", text.rpartition("####")[2])
@@ -213,31 +211,6 @@ def _level(value) -> int | None:
         return None
     number = re.fullmatch(r"(?:level\s*)?(\d+)(?:\.0)?", str(value).strip(), re.IGNORECASE)
     return int(number[1]) if number else None
-
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-
-
-def boxed(solution: str) -> str | None:
-    """The inside of the last `\\boxed{}` or `\\fbox{}` of a published solution, spaces trimmed; None if there is none
-    or it is not closed.
-
-    More forgiving than the paper's extraction, which is for responses: `\\boxed {17}` and `\\boxed 2` are boxes too.
-    """
-    last = None
-    for last in _BOX.finditer(solution):
-        pass
-    if last is None:
-        return None
-    rest = solution[last.end() :]
-    if not rest.startswith("{"):
-        return re.match(r"[^\s$]*", rest)[0]
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0 and brace[0] == "}":
-            return rest[1 : brace.start()].strip()
-    return None
 
 
 # --- files -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from rlvd_jax import problems
 from rlvd_jax.config import ProblemsConfig
 from rlvd_jax.errors import UserError
+from rlvd_jax.grading import extract
 from rlvd_jax.problems import HUB_SETS, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,7 @@ def test_a_file(tmp_path):
         {"problem": "x", "answer": 70.0, "level": 3, "id": 17},
         {"problem": "y", "answer": "so \\boxed{ \\{1\\} }", "solution": "no box"},
         {"problem": "z", "answer": None, "solution": "\\boxed 2$", "extra": [1]},
+        {"problem": "w", "solution": "$\\boxed {17}.$"},
     )
     assert loaded == [
         Problem("a", "What is $1+1$?\n", "2", None, 5, "Sums"),
@@ -50,6 +52,7 @@ def test_a_file(tmp_path):
         Problem("17", "x", "70", None, 3, None),
         Problem("set/3", "y", "\\{1\\}", "no box", None, None),
         Problem("set/4", "z", "2", "\\boxed 2$", None, None),
+        Problem("set/5", "w", "17", "$\\boxed {17}.$", None, None),
     ]
 
 
@@ -72,7 +75,8 @@ BAD = {
     "solution of another type": ({"problem": "p", "answer": "1", "solution": 5}, r"line 2: 'solution' is not text"),
     "duplicate id": ({**GOOD, "problem": "q"}, r"line 2: the id 'a' is that of line 1 too"),
     "empty id": ({**GOOD, "id": ""}, r"line 2: 'id' is empty"),
-    "lone surrogate": ('{"problem": "\\ud800", "answer": "1"}', r"line 2: 'problem' is not valid Unicode"),
+    "lone surrogate": ('{"problem": "\\ud800", "answer": "1"}', r"line 2: the problem is not valid Unicode"),
+    "lone surrogate in a list": ('{"problem": "p", "answer": ["\\ud800"]}', r"line 2: the answer is not valid Unicode"),
     "huge number": ('{"problem": "p", "answer": ' + "9" * 5000 + "}", r"line 2: JSON that cannot be read"),
     "deep": ("[" * 200_000, r"line 2: JSON that cannot be read"),
 }
@@ -144,25 +148,6 @@ def test_the_demos_problems():
     assert len(few) == 64 and {p.level for p in few} == {3, 4}
 
 
-@pytest.mark.parametrize(
-    ("text", "inside"),
-    [
-        ("\\boxed{1} \\boxed{2}", "2"),
-        ("\\fbox{3}", "3"),
-        ("\\boxed{1} \\fbox{\\text{a {b} c}}", "\\text{a {b} c}"),
-        ("\\boxed {17}.$$", "17"),
-        ("\\boxed 2.$", "2."),
-        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
-        ("\\boxed{}", ""),
-        ("\\boxed{", None),
-        ("\\boxedx{1}", None),
-        ("no", None),
-    ],
-)
-def test_boxed(text, inside):
-    assert problems.boxed(text) == inside
-
-
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
 @pytest.mark.parametrize(
     ("name", "count"), [("math_train", 7500), ("math500", 500), ("aime25", 30), ("gsm8k_train", 7473)]
@@ -175,7 +160,7 @@ def test_real_sets(name, count):
     assert loaded == [Problem(**record) for record in records]
     if name.startswith("math"):
         # Two boxes of MATH train are empty; every other gold answer is the last box.
-        differ = [p.id for p in loaded if problems.boxed(p.solution) != p.answer]
+        differ = [p.id for p in loaded if extract(p.solution) != p.answer]
         assert differ == ["train/number_theory/7115.json", "train/number_theory/7117.json"] * (name == "math_train")
     if name == "math_train":
         assert Counter(p.level for p in loaded) == {1: 564, 2: 1348, 3: 1592, 4: 1690, 5: 2304, None: 2}

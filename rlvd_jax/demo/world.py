@@ -154,7 +154,7 @@ def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, s
                 draw[:, i] < right[o] + misled[o], misconception[o, v], (truth[o, v] + other[:, i]) % VALUES
             )
             belief = np.where(draw[:, i] < right[o], truth[o, v], belief)
-            for j in reversed(range(i)):  # A fact used before is believed as before; the earliest wins.
+            for j in range(i):  # A fact used before is believed as before.
                 same = (operators[:, j] == o) & (values[:, j] == v)
                 belief = np.where(same, values[:, j + 1], belief)
             values[:, i + 1] = belief
