@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 
 
+class Stopped(Exception):
+    """Raised by `Interruption.check` after a signal: save what there is, then call `Interruption.leave`."""
+
+
 class Interruption:
-    """While the context is open, the first SIGINT or SIGTERM is only noted, and `check()` raises for it:
-    KeyboardInterrupt or SystemExit (128 + 15). A second SIGINT interrupts at once. Outside the main
-    thread, which alone gets signals, it does nothing."""
+    """While the context is open the first SIGINT or SIGTERM is only noted, and `check()` raises `Stopped`. A second
+    SIGINT raises KeyboardInterrupt at once. Outside the main thread, which alone gets signals, it does nothing."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -30,11 +33,14 @@ class Interruption:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping: saving a checkpoint; the same command goes on from it", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of another write to the same buffer.
+        os.write(2, b"\nstopping: saving a checkpoint; the same command goes on from it\n")
 
     def check(self) -> None:
-        """Raise if a signal came."""
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
+        """Raise `Stopped` if a signal came. To be called where what the caller holds can be saved."""
         if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+            raise Stopped
+
+    def leave(self) -> None:
+        """Raise what the signal stands for: KeyboardInterrupt, or SystemExit with status 128 + its number."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)

@@ -64,7 +64,8 @@ def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: i
         # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
         at_target = jnp.arange(z.shape[-1]) == target[..., None]
         logp = jnp.sum(jnp.where(at_target, z, 0), axis=-1) - norm
-        entropy = norm - jnp.sum(jnp.exp(z - norm[..., None]) * z, axis=-1)
+        log_p = z - norm[..., None]
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
         return logp, jax.lax.stop_gradient(entropy)
 
     def split(x):  # [rows, positions, …] → [chunks, rows, size, …]

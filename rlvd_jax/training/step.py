@@ -50,24 +50,28 @@ class Trainer:
         self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
         self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.whole = NamedSharding(mesh, PartitionSpec())
-        self.rows = NamedSharding(mesh, PartitionSpec(None, *mesh_rules.BATCH))
+        self.split = NamedSharding(mesh, PartitionSpec(None, *mesh_rules.BATCH))
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
         self.shardings = self._state_shardings(model.config, params)
         place = functools.partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
         self.abstract_state = place(jax.eval_shape(self._init, params), self.shardings)
         self._jit_init = jax.jit(self._init, donate_argnums=0, out_shardings=self.shardings)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, self.whole))
-        self.logprobs = jax.jit(self._logprobs, out_shardings=self.rows)
+        self.logprobs = jax.jit(self._logprobs, out_shardings=self.split)
 
     def init(self, params: nnx.State) -> TrainState:
         """The state that training starts from. It takes the arrays of `params` over: don't use them again."""
         return self._jit_init(jax.device_put(params, self.shardings.params))
 
+    def rows(self, micro_rows: int) -> int:
+        """Rows of a micro-batch over all devices, where each takes `micro_rows`."""
+        return micro_rows * self.batch_shards
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a packed batch on the mesh; every process passes the same batch."""
 
         def put(x):
-            return jax.make_array_from_callback(x.shape, self.rows if x.ndim else self.whole, lambda index: x[index])
+            return jax.make_array_from_callback(x.shape, self.split if x.ndim else self.whole, lambda index: x[index])
 
         with jax.transfer_guard("allow"):
             return {name: put(x) for name, x in batch.items()}

@@ -1,0 +1,347 @@
+"""GRPO: sample responses to questions, grade them, make the better ones of each group likelier, again and again.
+
+One step: the sampler answers `questions` questions `samples` times each; the grader judges a group as soon as its last
+response has ended, while the device goes on sampling; rewards become advantages within each group; all
+responses are packed into one batch, and one optimiser step is made on it (`updates` steps, on the very same batch, as
+PPO's epochs and TRL's num_iterations). Every draw is a function of the seed, the step, the question and the sample
+number, and the order of the questions of the seed alone, so a run that was killed goes on from its last checkpoint to
+the very same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from rlvd_jax.board import Board
+from rlvd_jax.config import GRPOConfig
+from rlvd_jax.errors import UserError
+from rlvd_jax.grading import Grader
+from rlvd_jax.problems import Problem
+from rlvd_jax.prompts import question_key
+from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.sampling import Completion, Request, Sampler
+from rlvd_jax.training.batches import Example, pack, token_weights
+from rlvd_jax.training.checkpoints import Checkpoints
+from rlvd_jax.training.interruption import Interruption, Stopped
+from rlvd_jax.training.loss import Objective
+from rlvd_jax.training.rewards import advantages, rewards
+from rlvd_jax.training.step import Trainer, TrainState
+
+ROUNDS = 10  # of dynamic sampling in a step; then it trains on the groups that there are
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Problems and their prompts in tokens, in the same order."""
+
+    problems: Sequence[Problem]
+    prompts: Sequence[tuple[int, ...]]
+
+    def digest(self) -> str:
+        """Changes whenever a problem, its answer or its prompt does."""
+        text = repr([(p.id, p.answer, tuple(t)) for p, t in zip(self.problems, self.prompts, strict=True)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured between steps: `samples` responses to each question, drawn by a sampler of its own settings."""
+
+    questions: Questions
+    sampler: Sampler
+    samples: int
+
+
+@dataclass
+class Group:
+    """The responses to one question, by sample number."""
+
+    question: int  # position in Questions
+    completions: list[Completion]
+    texts: list[str]
+    correct: np.ndarray  # bool [samples]
+
+
+class Rollouts:
+    """Samples responses and has them graded meanwhile.
+
+    decode: from a response's tokens, the end token included, to the text that is graded.
+    """
+
+    def __init__(self, grader, decode: Callable[[np.ndarray], str], interruption: Interruption):
+        self.grader, self.decode, self.interruption = grader, decode, interruption
+        self.seconds: dict[str, float] = defaultdict(float)  # spent on each part since it was last cleared
+
+    @contextmanager
+    def timed(self, part: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
+    def draw(self, sampler: Sampler, questions: Questions, wanted: list[tuple[int, range]], seed: int) -> list[Group]:
+        """A group for each (question, sample numbers) in `wanted`, under the weights that the sampler has."""
+        requests = [Request(questions.prompts[q], question_key(questions.problems[q].id), tuple(s)) for q, s in wanted]
+        groups = [Group(q, [], [], np.zeros(len(s), bool)) for q, s in wanted]
+        verdicts = [None] * len(groups)
+        with self.timed("sample"):
+            for completion in sampler.sample(requests, seed):
+                self.interruption.check()
+                i = completion.request
+                group, gold = groups[i], questions.problems[groups[i].question].answer
+                group.completions.append(completion)
+                if len(group.completions) == len(group.correct):
+                    group.completions.sort(key=lambda c: c.sample)
+                    group.texts = [self.decode(c.tokens) for c in group.completions]
+                    verdicts[i] = self.grader.submit([(gold, text) for text in group.texts])
+        with self.timed("grade"):  # what is left of it once the last response has ended
+            for group, verdict in zip(groups, verdicts, strict=True):
+                group.correct[:] = [v.correct for v in verdict.result()]
+        return groups
+
+
+def draw_seed(seed: int, purpose: str, step: int) -> int:
+    """64 bits for the draws of one step and one purpose."""
+    entropy = [seed & 0xFFFFFFFFFFFFFFFF, *purpose.encode(), step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(number: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed & 0xFFFFFFFFFFFFFFFF, epoch]).permutation(number)
+
+
+def question_at(position: int, number: int, seed: int) -> int:
+    """The question at a position of the endless order, in which each epoch is a permutation of all `number`."""
+    epoch, place = divmod(position, number)
+    return int(_permutation(number, seed, epoch)[place])
+
+
+def practise(
+    config: GRPOConfig, rollouts: Rollouts, sampler: Sampler, questions: Questions, position: int, step: int, seed: int
+) -> tuple[list[Group], list[Group]]:
+    """(the groups to learn from, all groups that were drawn) from `position` of the questions' order on.
+
+    With dynamic sampling, groups of equal rewards teach nothing and further questions are drawn in their place, as many
+    as the share of useful groups so far suggests, until there are `config.questions` useful groups, or `ROUNDS` times.
+    """
+    drawn: list[Group] = []
+    useful: list[Group] = []
+    asked: Counter[int] = Counter()  # a question that comes again within a step gets new sample numbers
+    for _ in range(ROUNDS):
+        missing = config.questions - len(useful)
+        count = min(config.questions, math.ceil(missing * max(1, len(drawn)) / max(1, len(useful))))
+        wanted = []
+        for p in range(position + len(drawn), position + len(drawn) + count):
+            q = question_at(p, len(questions.problems), seed)
+            wanted.append((q, range(asked[q] * config.samples, (asked[q] + 1) * config.samples)))
+            asked[q] += 1
+        new = rollouts.draw(sampler, questions, wanted, draw_seed(seed, "practice", step))
+        drawn += new
+        useful += [g for g in new if 0 < g.correct.sum() < len(g.correct)] if config.dynamic_sampling else new
+        if len(useful) >= config.questions:
+            break
+    return useful[: config.questions] or drawn[: config.questions], drawn
+
+
+def to_batch(
+    config: GRPOConfig, groups: list[Group], questions: Questions, max_tokens: int, row_tokens: int, rows: int
+):
+    """The packed batch of some groups.
+
+    Weights come from all responses. Those with advantage 0 have no influence without a KL term, so they are left
+    out then and cost nothing; the metrics of the loss are over the tokens trained on.
+    """
+    advantage = advantages(rewards([g.correct for g in groups]), config.advantage)
+    examples = [
+        Example(questions.prompts[g.question], c.tokens, c.logprobs, float(a))
+        for g, row in zip(groups, advantage, strict=True)
+        for c, a in zip(g.completions, row, strict=True)
+    ]
+    weights = token_weights([len(e.response) for e in examples], config.normalise, max_tokens)
+    taught = [i for i, e in enumerate(examples) if e.advantage or config.kl] or [0]
+    return pack([examples[i] for i in taught], weights[taught], row_tokens=row_tokens, rows=rows)
+
+
+def learn(config: GRPOConfig, trainer: Trainer, state: TrainState, batch, reference) -> tuple[TrainState, dict]:
+    """`config.updates` optimiser steps on a batch; the metrics are the last one's, |Δ logp| the first one's."""
+    batch = trainer.place(batch)
+    if config.updates > 1:
+        batch["old"] = trainer.logprobs(state.params, batch)
+    if config.kl:
+        batch["reference"] = trainer.logprobs(reference, batch)
+    state, first = trainer.update(state, batch)
+    last = first
+    for _ in range(config.updates - 1):
+        state, last = trainer.update(state, batch)
+    return state, jax.device_get(last | {k: v for k, v in first.items() if k.startswith("delta_logp")})
+
+
+def evaluate(evaluation: Evaluation, rollouts: Rollouts, params, step: int, seed: int) -> dict:
+    """Accuracy and length on the evaluation's questions, with each question's number of correct responses."""
+    evaluation.sampler.load(params)
+    wanted = [(q, range(evaluation.samples)) for q in range(len(evaluation.questions.problems))]
+    groups = rollouts.draw(evaluation.sampler, evaluation.questions, wanted, draw_seed(seed, "evaluation", step))
+    correct = [int(g.correct.sum()) for g in groups]
+    completions = [c for g in groups for c in g.completions]
+    return {
+        "step": step,
+        "samples": evaluation.samples,
+        "correct": correct,
+        "accuracy": sum(correct) / (len(correct) * evaluation.samples),
+        "length": float(np.mean([len(c.tokens) for c in completions])),
+        "truncated": float(np.mean([c.stop == "length" for c in completions])),
+    }
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """What the responses of a step were like."""
+    correct = np.array([g.correct for g in groups])  # [groups, samples]
+    lengths = np.array([[len(c.tokens) for c in g.completions] for g in groups])
+    metrics = {
+        "reward": rewards(correct).mean(),
+        "all_right": correct.all(axis=1).mean(),
+        "all_wrong": (~correct).all(axis=1).mean(),
+        "length": lengths.mean(),
+        "truncated": np.mean([c.stop == "length" for g in groups for c in g.completions]),
+        "questions": len(groups),
+    }
+    for name, chosen in (("correct", correct), ("incorrect", ~correct)):
+        if chosen.any():
+            metrics[f"length_{name}"] = lengths[chosen].mean()
+    return metrics
+
+
+def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: dict, questions: Questions) -> dict:
+    """Write a step to TensorBoard, with a correct and an incorrect response; → what the progress bar shows of it."""
+    rollout = rollout_metrics(groups)
+    tokens = sum(len(c.tokens) for g in groups for c in g.completions)
+    rates = {"tokens_per_second": tokens / sum(seconds.values()), "sampled_per_second": tokens / seconds["sample"]}
+    for part, values in (("train", learnt), ("rollout", rollout), ("time", seconds | rates)):
+        board.scalars(step, {f"{part}/{name}": value for name, value in values.items()})
+    for name, wanted in (("correct", True), ("incorrect", False)):
+        found = [(g, i) for g in groups for i in np.flatnonzero(g.correct == wanted)[:1]][:1]
+        for g, i in found:
+            problem, completion = questions.problems[g.question], g.completions[i]
+            heading = f"{problem.id}: {problem.problem}\nanswer: {problem.answer}\n"
+            heading += f"response {completion.sample}, {len(completion.tokens)} tokens, stop: {completion.stop}\n\n"
+            board.text(step, f"responses/{name}", heading + g.texts[i])
+    return {
+        "reward": f"{rollout['reward']:+.2f}",
+        "length": f"{rollout['length']:.0f}",
+        "tokens/s": f"{rates['tokens_per_second']:,.0f}",
+    }
+
+
+def train(
+    config: GRPOConfig,
+    *,
+    model: Qwen2,
+    params: nnx.State,
+    mesh: Mesh,
+    questions: Questions,
+    sampler: Sampler,
+    grader: Grader,
+    decode: Callable[[np.ndarray], str],
+    evaluation: Evaluation | None,
+    directory: str | Path,
+    seed: int,
+    progress: bool = True,
+) -> tuple[nnx.State, dict]:
+    """Train a model by GRPO, or go on with it; → (weights of the step that is kept, what happened).
+
+    model: whose architecture and dtype are used; params: its weights, which training takes over: don't use them again.
+    sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
+    and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard.
+
+    What happened is JSON-able: "kept", the step of the weights; "step", the last one; "position", questions drawn;
+    "evaluations", a list of `evaluate`'s results. Raises UserError if the settings can't work together or the directory
+    holds a run of other settings, and, after saving a checkpoint, KeyboardInterrupt or SystemExit when told to stop.
+    """
+    settings = sampler.settings
+    if settings.temperature == 0:
+        raise UserError("grpo.sampling.temperature is 0: all responses of a group would be the same, set it above 0")
+    longest = max(len(p) for p in questions.prompts) + settings.max_tokens
+    longest = min(longest, model.config.max_position_embeddings)
+    row_tokens = config.row_tokens or -(-longest // 128) * 128
+    if row_tokens < longest:
+        raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
+    identity = {  # what may change when a run goes on is left out
+        "grpo": config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
+        "sampling": settings.model_dump(mode="json", exclude={"samples", "slots"}),
+        "questions": questions.digest(),
+        "evaluation questions": evaluation.questions.digest() if evaluation else None,
+        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
+        "seed": seed,
+    }
+
+    objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl)
+    trainer = Trainer(model, mesh, config.optimizer, objective, settings.temperature)
+    reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
+    directory = Path(directory)
+    with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
+        rollouts = Rollouts(grader, decode, interruption)
+        restored = checkpoints.restore(trainer.abstract_state)
+        start = {"step": 0, "position": 0, "evaluations": [], "best": None}
+        state, done = restored or (trainer.init(params), start)
+        del params, restored
+        first_step = done["step"] + 1 if done is not start else 0
+        bar = tqdm(total=config.steps, initial=done["step"], desc="GRPO", unit="step", disable=not progress)
+        with Board(directory / "events", first_step) as board, bar:
+            shown = {}
+            try:
+                while True:
+                    step, ended = done["step"], done["step"] >= config.steps
+                    if evaluation and config.evaluate_every and (step % config.evaluate_every == 0 or ended):
+                        if step not in [e["step"] for e in done["evaluations"]]:
+                            result = evaluate(evaluation, rollouts, state.params, step, seed)
+                            evaluations = [*done["evaluations"], result]
+                            best = max(evaluations, key=lambda e: sum(e["correct"]))["step"]
+                            done = done | {"evaluations": evaluations, "best": best}
+                            board.scalars(step, {f"eval/{k}": result[k] for k in ("accuracy", "length", "truncated")})
+                            shown["accuracy"] = f"{result['accuracy']:.3f}"
+                    is_best = config.keep == "best" and done["best"] == step
+                    if ended or is_best or (step and step % config.checkpoint_every == 0):
+                        checkpoints.save(state, done, done["best"])
+                    if ended:
+                        break
+                    interruption.check()
+
+                    rollouts.seconds.clear()
+                    with rollouts.timed("load"):
+                        sampler.load(state.params)
+                    groups, drawn = practise(config, rollouts, sampler, questions, done["position"], step, seed)
+                    with rollouts.timed("train"):
+                        batch = to_batch(
+                            config, groups, questions, settings.max_tokens, row_tokens, trainer.rows(config.micro_rows)
+                        )
+                        state, learnt = learn(config, trainer, state, batch, reference)
+                    done = done | {"step": step + 1, "position": done["position"] + len(drawn)}
+                    shown |= record(board, step + 1, drawn, learnt, rollouts.seconds, questions)
+                    bar.set_postfix(shown)
+                    bar.update()
+            except Stopped:
+                checkpoints.save(state, done, done["best"])
+                checkpoints.wait()
+                interruption.leave()
+
+        kept = done["best"] if config.keep == "best" and done["best"] is not None else done["step"]
+        weights = state.params
+        if kept != done["step"]:
+            del state, weights  # make room
+            weights = checkpoints.params(kept, trainer.abstract_state.params)
+        return weights, done | {"kept": kept}

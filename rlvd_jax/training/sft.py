@@ -1,0 +1,126 @@
+"""SFT: learn a teacher's responses, packed into rows, for a number of epochs (section 5.1, appendix A.11)."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from rlvd_jax.board import Board
+from rlvd_jax.config import SFTConfig
+from rlvd_jax.errors import UserError
+from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.training.batches import Example, supervised
+from rlvd_jax.training.checkpoints import Checkpoints
+from rlvd_jax.training.interruption import Interruption, Stopped
+from rlvd_jax.training.step import Trainer
+
+LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
+
+
+def make_examples(
+    responses: Iterable[tuple[Sequence[int], str, str]],
+    encode: Callable[[str], Sequence[int]],
+    end_token: int,
+    max_length: int,
+) -> tuple[list[Example], int]:
+    """(examples, how many were left out because they have more than `max_length` tokens).
+
+    responses: (prompt's tokens, text, stop) each; encode: a text's tokens, no special ones added. A response that ended
+    by itself (stop "end") gets `end_token` as its last; one that was cut off does not, so nobody learns to stop there.
+    """
+    examples, left_out = [], 0
+    for prompt, text, stop in responses:
+        tokens = np.array([*encode(text), *([end_token] if stop == "end" else [])], np.int32)
+        if not len(tokens) or len(prompt) + len(tokens) > max_length:
+            left_out += 1
+        else:
+            examples.append(Example(prompt, tokens))
+    return examples, left_out
+
+
+def train(
+    config: SFTConfig,
+    *,
+    model: Qwen2,
+    params: nnx.State,
+    mesh: Mesh,
+    examples: Sequence[Example],
+    directory: str | Path,
+    seed: int,
+    progress: bool = True,
+) -> tuple[nnx.State, dict]:
+    """Train a model on examples, or go on with it; → (weights, what happened).
+
+    model, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
+    optimiser steps made, and "data", the position in the examples.
+    """
+    if not examples:
+        raise UserError("sft: there is no example to learn from; is there a correct response that fits max_length?")
+    identity = {  # what may change when a run goes on is left out
+        "sft": config.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows"}),
+        "examples": digest(examples),
+        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
+        "seed": seed,
+    }
+    trainer = Trainer(model, mesh, config.optimizer)
+    batches = iter(
+        supervised(
+            examples,
+            batch=config.batch,
+            epochs=config.epochs,
+            seed=seed,
+            row_tokens=config.max_length,
+            rows=trainer.rows(config.micro_rows),
+        )
+    )
+    epoch = -(-len(examples) // config.batch)  # steps
+    steps = config.epochs * epoch
+    directory = Path(directory)
+    with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
+        restored = checkpoints.restore(trainer.abstract_state)
+        state, done = restored or (trainer.init(params), {"step": 0, "data": batches.get_state()})
+        del params, restored
+        batches.set_state(done["data"])
+        bar = tqdm(total=steps, initial=done["step"], desc="SFT", unit="step", disable=not progress)
+        with Board(directory / "events", done["step"] + 1) as board, bar:
+            window, start = [], time.perf_counter()
+            try:
+                for batch in batches:
+                    state, metrics = trainer.update(state, trainer.place(batch))
+                    window.append(metrics)
+                    step = done["step"] + 1
+                    done = {"step": step, "data": batches.get_state()}
+                    if step % LOG_EVERY == 0 or step == steps:
+                        mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(window))
+                        rate = len(window) * mean["tokens"] / (time.perf_counter() - start)
+                        scalars = {f"train/{name}": value for name, value in mean.items()}
+                        board.scalars(step, scalars | {"train/epoch": step / epoch, "time/tokens_per_second": rate})
+                        bar.set_postfix({"loss": f"{mean['loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
+                        window, start = [], time.perf_counter()
+                    bar.update()
+                    if step % config.checkpoint_every == 0 or step == steps:
+                        checkpoints.save(state, done)
+                    interruption.check()
+            except Stopped:
+                checkpoints.save(state, done)
+                checkpoints.wait()
+                interruption.leave()
+        return state.params, done
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Changes whenever an example does."""
+    h = hashlib.sha256()
+    for e in examples:
+        for part in (e.prompt, e.response):
+            h.update(np.asarray(part, np.int32).tobytes() + b"|")
+    return h.hexdigest()[:16]

@@ -1,0 +1,183 @@
+"""A tiny model and what training it needs, for the tests of training; also run as a script that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from rlvd_jax.config import GRPOConfig, MeshConfig, OptimizerConfig, SamplingConfig, SFTConfig
+from rlvd_jax.problems import Problem
+from rlvd_jax.qwen2 import Qwen2, Qwen2Config
+from rlvd_jax.qwen2.mesh import make_mesh
+from rlvd_jax.training import grpo, sft
+from rlvd_jax.training.batches import Example
+
+CONFIG = Qwen2Config(
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+END = 1
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=2, clip_norm=1.0, weight_decay=0.01)
+
+
+def model(seed: int = 0, **changes) -> Qwen2:
+    return Qwen2(CONFIG, nnx.Rngs(seed), **changes)
+
+
+def params(seed: int = 0) -> nnx.State:
+    """Fresh weights, large enough to matter; the training that gets them may destroy them."""
+    state = nnx.split(model(seed), nnx.Param)[1]
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, state)
+
+
+def mesh(**axes):
+    return make_mesh(MeshConfig(**axes))
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def same(a, b) -> bool:
+    """Bit for bit."""
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def examples(number: int, seed: int = 0, policy: bool = False) -> list[Example]:
+    """Random prompts of 2–6 and responses of 1–12 tokens."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(number):
+        prompt, response = rng.integers(2, 24, rng.integers(2, 7)), rng.integers(2, 24, rng.integers(1, 13))
+        extra = (rng.normal(-3, 0.3, len(response)), float(rng.normal())) if policy else ()
+        made.append(Example(tuple(map(int, prompt)), response, *extra))
+    return made
+
+
+class Grader:
+    """A response is correct if it names the gold token; `at` is called with the number of the submission."""
+
+    def __init__(self, at=lambda number: None):
+        self.at, self.submissions, self.pairs = at, 0, []
+
+    def submit(self, pairs):
+        self.submissions += 1
+        self.at(self.submissions)
+        self.pairs += pairs
+        future = Future()
+        future.set_result([SimpleNamespace(correct=gold in text.split()) for gold, text in pairs])
+        return future
+
+
+def decode(tokens) -> str:
+    return " ".join(str(t) for t in tokens if t != END)
+
+
+def questions(number: int = 5) -> grpo.Questions:
+    problems = [Problem(id=f"q{i}", problem=f"say {i + 2}", answer=str(i + 2)) for i in range(number)]
+    return grpo.Questions(problems, [(2 + i, 3, 4 + i % 2) for i in range(number)])
+
+
+def sampler(**settings):
+    from rlvd_jax.sampling import Sampler
+
+    settings = {"max_tokens": 8, "temperature": 1.0, "top_k": 0} | settings
+    return Sampler(CONFIG, SamplingConfig(**settings), (END,))
+
+
+def grpo_config(**changes) -> GRPOConfig:
+    settings = dict(
+        start="m",
+        problems="p",
+        steps=5,
+        questions=3,
+        samples=4,
+        optimizer=OPTIMIZER,
+        evaluate_every=2,
+        evaluate_samples=2,
+        checkpoint_every=2,
+        row_tokens=32,
+    )
+    return GRPOConfig(**settings | changes)
+
+
+def run_grpo(directory, *, config=None, grader=None, samplers=None, evaluate=True, **changes):
+    practice, testing = samplers or (sampler(), sampler(temperature=0.7))
+    arguments = dict(
+        model=model(),
+        params=params(),
+        mesh=mesh(),
+        questions=questions(),
+        sampler=practice,
+        grader=grader or Grader(),
+        decode=decode,
+        evaluation=grpo.Evaluation(questions(3), testing, 2) if evaluate else None,
+        directory=directory,
+        seed=7,
+        progress=False,
+    )
+    return grpo.train(config or grpo_config(), **arguments | changes)
+
+
+def sft_config(**changes) -> SFTConfig:
+    settings = dict(
+        student="m",
+        teacher="t",
+        problems="p",
+        epochs=2,
+        batch=4,
+        max_length=32,
+        optimizer=OPTIMIZER,
+        checkpoint_every=3,
+    )
+    return SFTConfig(**settings | changes)
+
+
+def run_sft(directory, *, config=None, **changes):
+    arguments = dict(
+        model=model(), params=params(), mesh=mesh(), examples=examples(18), directory=directory, seed=7, progress=False
+    )
+    return sft.train(config or sft_config(), **arguments | changes)
+
+
+def main(what: str, directory: str, number: str, signal_name: str) -> None:
+    """Train in `directory` and send oneself a signal at the `number`-th submission (grpo) or update (sft)."""
+
+    def at(n):
+        if n == int(number):
+            os.kill(os.getpid(), getattr(signal, signal_name))
+
+    if what == "grpo":
+        run_grpo(Path(directory), grader=Grader(at))
+    else:
+        from rlvd_jax.training.step import Trainer
+
+        place, calls = Trainer.place, iter(range(1, 1000))
+
+        def counted(self, batch):
+            at(next(calls))
+            return place(self, batch)
+
+        Trainer.place = counted
+        run_sft(Path(directory))
+
+
+if __name__ == "__main__":
+    assert jnp.ones(()).devices().pop().platform == "cpu"
+    main(*sys.argv[1:])
