@@ -283,10 +283,11 @@ def analyse(
     problems = {}
     for name, by_model in graded.items():
         own = [c for c in comparisons if c["problems"] == name]
-        base_of = {model: c["base"] for c in reversed(own) for model in (c["base"], c["other"])}
+        base_of = dict.fromkeys(by_model, own[0]["base"] if own else None)
+        base_of |= {model: c["base"] for c in reversed(own) for model in (c["base"], c["other"])}
         problems[name] = {
             "questions": len({question for g in by_model.values() for question in g.questions}),
-            "models": {model: _model(study, name, model, base_of.get(model), hardest) for model in by_model},
+            "models": {model: _model(study, name, model, base_of[model], hardest) for model in by_model},
             "comparisons": {
                 f"{c['base']}→{c['other']}": _comparison(study.pair(name, c["base"], c["other"]), c.get("claim"))
                 for c in own

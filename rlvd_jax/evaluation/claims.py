@@ -201,7 +201,7 @@ def _fall(pair: Pair, bins) -> Verdict:
     )
     return above(excess), (
         f"{each} fell to a lower bin; sampling noise alone would move {noise[inside].sum():.1f} of {inside.sum()}: "
-        f"{points(excess)} more."
+        f"excess {points(excess)}."
     )
 
 
@@ -275,7 +275,7 @@ def correct_is_shorter(pair: Pair) -> Verdict:
         verdicts.append(above(gap))
         evidence.append(
             f"{name}: correct {number(correct.estimate())}, incorrect {number(incorrect.estimate())}, "
-            f"{number(gap, sign='+')} more"
+            f"difference {number(gap, sign='+')}"
         )
     return every(verdicts), "Mean length, " + "; ".join(evidence) + "."
 
@@ -309,8 +309,8 @@ def knowledge_beats_pattern(new_knowledge: Pair, reasoning_only: Pair, differenc
     return above(e), (
         f"pass@{new_knowledge.k}: {new_knowledge.base_name} {percent(new_knowledge.summary['pass'][0].value[0])}, "
         f"{reasoning_only.other_name} {percent(reasoning_only.summary['pass'][1].value[0])}, "
-        f"{new_knowledge.other_name} {percent(new_knowledge.summary['pass'][1].value[0])}; the last is "
-        f"{points(e)} above the one before."
+        f"{new_knowledge.other_name} {percent(new_knowledge.summary['pass'][1].value[0])}; the last less the one "
+        f"before: {points(e)}."
     )
 
 
@@ -480,7 +480,8 @@ def gain_does_not_carry_over(row: Distilled) -> Verdict:
     excess = (row.train_gain - row.test_gain).estimate()
     train, test = row.train_gain.estimate(), row.test_gain.estimate()
     return every([above(train), above(excess)]), (
-        f"{row.model}: train {points(train)}, test {points(test)}, {points(excess)} more on train."
+        f"{row.model} against {row.student}: train {points(train)}, test {points(test)}, the first less the second "
+        f"{points(excess)}."
     )
 
 
@@ -489,8 +490,8 @@ def reaches_its_teacher(row: Distilled, against_teacher: Resampled) -> Verdict:
     below; not shown if it does not and lies below 0."""
     e = against_teacher.estimate()
     return no_rise(negated(e), ACCURACY_MARGIN), (
-        f"{row.model} is {points(e)} above {row.teacher} on test, and {points(row.test_gain.estimate())} above "
-        f"{row.student}."
+        f"Test accuracy of {row.model} less that of {row.teacher}: {points(e)}; less that of {row.student}: "
+        f"{points(row.test_gain.estimate())}."
     )
 
 
@@ -498,7 +499,7 @@ def teaches_more(row: Distilled, own: str, difference: Resampled) -> Verdict:
     """Test accuracy of the model distilled from the RL model less that of the model distilled from the base model's
     own responses. Shown if the interval lies above 0; not shown if it lies at or below 0."""
     e = difference.estimate()
-    return above(e), f"{row.model} is {points(e)} above {own} on test."
+    return above(e), f"Test accuracy of {row.model} less that of {own}: {points(e)}."
 
 
 OVERFITS_BASE = Claim(

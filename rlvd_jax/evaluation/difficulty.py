@@ -29,10 +29,10 @@ def ranges(samples: int, bounds=BOUNDS) -> list[tuple[int, int]]:
 
 
 def labels(samples: int, bounds=BOUNDS) -> list[str]:
-    """Names of the bins, `[17–64]`; a bin that is empty for so few samples is named by its largest rate, `≤1.6%`."""
+    """Names of the bins, `[17–64]`; a bin that is empty for so few samples is named by its largest rate, `≤1.56%`."""
     names = []
     for (low, high), bound in zip(ranges(samples, bounds), bounds, strict=True):
-        names.append(f"≤{bound / 256:.1%}" if low > high else f"[{low}]" if low == high else f"[{low}–{high}]")
+        names.append(f"≤{100 * bound / 256:.3g}%" if low > high else f"[{low}]" if low == high else f"[{low}–{high}]")
     return names
 
 

@@ -10,13 +10,13 @@ from rlvd_jax.errors import UserError, nearest
 
 def _table3(train, test) -> dict:
     return {
-        split: dict(zip(("accuracy", "maj", "pass"), (x / 100 for x in row), strict=True))
+        split: dict(zip(("accuracy", "maj", "pass"), (round(x / 100, 3) for x in row), strict=True))
         for split, row in (("math-train", train), ("math-500", test))
     }
 
 
 def _table4(train, test) -> dict:
-    return {"math-train": {"accuracy": train / 100}, "math-500": {"accuracy": test / 100}}
+    return {"math-train": {"accuracy": round(train / 100, 3)}, "math-500": {"accuracy": round(test / 100, 3)}}
 
 
 ROWS = {
