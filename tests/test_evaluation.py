@@ -449,7 +449,7 @@ def test_published_figures_are_beside(study):
     assert notes["models"]["rl"]["problems"]["math-500"] == {"accuracy": 0.742, "maj": 0.808, "pass": 0.97}
     assert notes["comparisons"]["base→rl"]["math-train"]["gain"]["[65–128]"] == 0.366
     assert set(notes["models"]) == {"base", "rl"}
-    with pytest.raises(UserError, match="did you mean 'Qwen2.5-3B/base'"):
+    with pytest.raises(UserError, match=r"did you mean 'Qwen2\.5-3B/base'"):
         published.row("Qwen2.5-3B/bas")
 
 

@@ -1,4 +1,4 @@
-"""Every analysis of the paper (section 6 of its specification: Figures 1–14, Tables 1, 3 and 4) as one JSON-able dict."""
+"""Every analysis of the paper (Figures 1 to 14, Tables 1, 3 and 4) as one JSON-able dict."""
 
 from __future__ import annotations
 

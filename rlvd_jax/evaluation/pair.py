@@ -60,7 +60,7 @@ class Pair:
 
     @cached_property
     def overtaken(self) -> int | None:
-        """Smallest k from which on the other model's pass@k is nowhere above the base model's; None if it ends above."""
+        """Smallest k from which on the other model's pass@k is not above the base model's; None if it ends above."""
         above = np.flatnonzero(
             self.other.pass_at_k[:, : self.k].mean(axis=0) > self.base.pass_at_k[:, : self.k].mean(axis=0) + 1e-12
         )

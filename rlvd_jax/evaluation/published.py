@@ -36,7 +36,7 @@ ROWS = {
 }
 """By a model's `paper` setting and problems: accuracy, maj@256 and pass@256 (QwQ-32B: pass@64).
 
-Tables 1 and 4 differ from Table 3 for two rows, whose test accuracy they give as 62.6% (1.5B base) and 74.8% (its RL model).
+Tables 1 and 4 give another test accuracy than Table 3 for two rows; `NOTES` says so.
 """
 
 NOTES = {
@@ -73,7 +73,7 @@ bin, by the base model's bin."""
 
 
 def row(paper: str) -> dict:
-    """The published figures of a model: {problems: {"accuracy", "maj", "pass"}}. Raises UserError for an unknown one."""
+    """A model's published figures: {problems: {"accuracy", "maj", "pass"}}. Raises UserError for an unknown one."""
     if paper not in ROWS:
         raise UserError(f"paper: '{paper}' is not a row of the paper's tables{nearest(paper, ROWS)}")
     return ROWS[paper]
