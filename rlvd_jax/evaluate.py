@@ -14,6 +14,7 @@ import argparse
 import platform
 import random
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,37 +27,27 @@ from rlvd_jax.evaluation import Graded, analyse, difficulty
 from rlvd_jax.foreign import COLUMNS, MEANING, Questions, Responses, read_all, short
 
 PROBLEMS = "problems"  # the name of the one set of problems in the results
-# Judging
 
 
-def judge(models: dict[str, Responses], questions: Questions, args) -> tuple[dict[str, Graded], list[str]]:
-    """Grade what is not graded, group equal answers, and lay everything out as matrices; and notes on how."""
+def judge(models: dict[str, Responses], questions: Questions, unit: str, args) -> dict[str, Graded]:
+    """Grade what is not graded, group equal answers, and lay everything out as matrices; lengths in tokens or words."""
     from rlvd_jax.grading import Grader
 
-    notes = []
-    words = any(None in r.tokens for r in models.values())
-    if words:
-        notes.append("Lengths are in words: not every response has a token count (--tokens-column).")
-    if any(None in r.stop for r in models.values()):
-        notes.append("Not every response says whether it was cut off (--stop-column): those that don't count as whole.")
     with Grader(workers=args.workers, deadline=args.deadline) as grader:
         _grade(models, questions, grader, args.regrade)
         groups = _group(models, _same_text if args.group == "text" else grader.groups)
-    graded = {}
-    for model, r in models.items():
-        g = graded[model] = Graded.from_columns(
+    return {
+        model: Graded.from_columns(
             r.question,
             r.correct,
-            [len(text.split()) for text in r.text] if words else r.tokens,
+            [len(text.split()) for text in r.text] if unit == "words" else r.tokens,
             groups[model],
             texts=r.text,
             truncated=[bool(cut) for cut in r.stop],
             sample=None if None in r.sample else r.sample,
         )
-        fewest, most = g.valid.sum(axis=1).min(), g.valid.sum(axis=1).max()
-        if fewest < most:
-            notes.append(f"{model} has {fewest} to {most} responses a question: its pass@k ends at k = {fewest}.")
-    return graded, notes
+        for model, r in models.items()
+    }
 
 
 def _grade(models: dict[str, Responses], questions: Questions, grader, regrade: bool) -> None:
@@ -112,33 +103,46 @@ def _same_text(answers_by_question: list[list[str | None]]) -> list[list[int]]:
     return groups
 
 
-def compared(graded: dict[str, Graded], base: str, claims: list[str]) -> tuple[list[dict], list[str]]:
-    """Every other model against the base; and notes on questions that only one of them has."""
+def compare(models: dict[str, Responses], base: str, claims: list[str]) -> list[dict]:
+    """The comparisons: every other model against the base, with the claims that the user wants tested of it."""
     kinds = {}
     for text in claims:
         model, _, kind = text.rpartition("=")
         if kind not in (known := ("rl", "new_knowledge", "reasoning_only")):
             raise UserError(f"--claim {text}: '{kind}' is not a kind of claim{nearest(kind, known)}")
-        if model and model not in graded:
-            raise UserError(f"--claim {text}: '{model}' is not among the models{nearest(model, graded)}")
-        kinds |= {m: kind for m in ([model] if model else graded)}
-    comparisons, notes = [], []
-    for other in graded:
-        if other == base:
-            continue
-        theirs, ours = set(graded[other].questions), set(graded[base].questions)
-        if not theirs & ours:
+        if model and model not in models:
+            raise UserError(f"--claim {text}: '{model}' is not among the models{nearest(model, models)}")
+        kinds |= {m: kind for m in ([model] if model else models)}
+    others = [model for model in models if model != base]
+    for other in others:
+        if not set(models[base].question) & set(models[other].question):
             raise UserError(
                 f"'{base}' and '{other}' have no question in common: if their prompts differ, name what tells the "
                 "questions apart with --id-column"
             )
-        if theirs != ours:
+    return [{"base": base, "other": other, "problems": PROBLEMS, "claim": kinds.get(other)} for other in others]
+
+
+def remarks(models: dict[str, Responses], base: str, unit: str) -> list[str]:
+    """What a reader of the numbers should know about the responses."""
+    notes = []
+    if unit == "words":
+        notes.append("Lengths are in words: not every response has a token count (--tokens-column).")
+    questions = set(models[base].question)
+    for model, r in models.items():
+        if None in r.stop:
+            some = "no response" if set(r.stop) == {None} else "not every response"
+            notes.append(f"{model}: {some} says whether it was cut off (--stop-column).")
+        counts = Counter(r.question)
+        fewest, most = min(counts.values()), max(counts.values())
+        if fewest < most:
+            notes.append(f"{model} has {fewest} to {most} responses a question: its pass@k ends at k = {fewest}.")
+        if counts.keys() != questions:
             notes.append(
-                f"{base} has {len(ours)} questions and {other} {len(theirs)}: they are compared on the "
-                f"{len(theirs & ours)} that both have."
+                f"{base} has {len(questions)} questions and {model} {len(counts)}: they are compared on the "
+                f"{len(questions & counts.keys())} that both have."
             )
-        comparisons.append({"base": base, "other": other, "problems": PROBLEMS, "claim": kinds.get(other)})
-    return comparisons, notes
+    return notes
 
 
 def pick_samples(models: dict[str, Responses], questions: Questions, graded, base: str, seed: int) -> dict:
@@ -172,9 +176,6 @@ def pick_samples(models: dict[str, Responses], questions: Questions, graded, bas
     return picked
 
 
-# Showing
-
-
 def _cell(e: dict, scale: float, digits: int = 1) -> str:
     if e["value"] is None:
         return "-"
@@ -205,7 +206,7 @@ def summary(results: dict, unit: str) -> str:
                 str(m["pass"]["k"][-1]),
                 _cell(m["entropy"], 1, 2),
                 _cell(m["length"]["all"], 1),
-                f"{100 * m['truncated']:.1f}",
+                "-" if m["truncated"] is None else f"{100 * m['truncated']:.1f}",
             ]
         )
     parts = [_table(rows)]
@@ -233,9 +234,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             pass
     return known
-
-
-# The command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,14 +279,14 @@ def evaluate(args) -> dict:
     base = args.base or next(iter(models))
     if base not in models:
         raise UserError(f"--base: '{base}' is not among the models{nearest(base, models)}")
+    comparisons = compare(models, base, args.claim)
+    unit = "words" if any(None in r.tokens for r in models.values()) else "tokens"
+    notes = remarks(models, base, unit)
     for path, chosen in columns.items():
         print(f"{path}: " + ", ".join(f"{what} from '{name}'" for what, name in chosen.items()))
-    graded, notes = judge(models, questions, args)
-    comparisons, more = compared(graded, base, args.claim)
-    notes += more
     for note in notes:
         print(f"Note: {note}")
-    unit = "words" if any("in words" in note for note in notes) else "tokens"
+    graded = judge(models, questions, unit, args)
     about = {m: {"kind": "given", "from": r.source, "paper": None} for m, r in models.items()}
     results = {
         "study": "evaluation",
@@ -305,6 +303,9 @@ def evaluate(args) -> dict:
         bootstrap=args.bootstrap,
         seed=args.seed,
     )
+    for model, r in models.items():
+        if set(r.stop) == {None}:
+            results["problems"][PROBLEMS]["models"][model]["truncated"] = None
     print("\n" + summary(results, unit))
     if args.output:
         from rlvd_jax import report

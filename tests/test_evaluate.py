@@ -75,7 +75,9 @@ def test_the_real_grader_judges_what_is_not_graded(tmp_path, capsys):
         assert m["entropy"]["value"] == pytest.approx(-(np.log(1 / 2) / 2 + np.log(1 / 3) / 3 + np.log(1 / 6) / 6))
         assert m["maj"]["value"] == 1
         assert m["length"]["all"]["value"] == pytest.approx(8 / 6)
-    assert "Lengths are in words" in capsys.readouterr().out
+        assert m["truncated"] is None
+        printed = capsys.readouterr().out
+        assert "Note: Lengths are in words" in printed and "Note: m: no response says whether it was cut off" in printed
 
 
 def test_models_in_one_file_with_other_questions_and_samples(tmp_path, capsys):

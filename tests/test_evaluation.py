@@ -356,7 +356,7 @@ def study():
     ]
     models = {m: {"kind": "given", "paper": None} for m in graded["math-500"]}
     models["base"]["paper"], models["rl"]["paper"] = "Qwen2.5-Math-1.5B/base", "Qwen2.5-Math-1.5B/rl"
-    results = analyse(graded, comparisons, models=models, self_distillation=rows, progress={"rl": {"step": [25]}})
+    results = analyse(graded, comparisons, models=models, self_distillation=rows, bootstrap=1000)
     return graded, results
 
 
@@ -423,10 +423,8 @@ def test_known_effects_are_found(study):
     _, results = study
     verdicts = {(c["id"], c["problems"]): (c["verdict"], c["evidence"]) for c in results["claims"]}
     assert len(verdicts) == len(results["claims"]) == 2 * (11 + 4 + 5 + 1) + 4
-    expected = {id: "shown" for id, _ in verdicts}
-    # RL's effect on entropy is on wrong answers alone here, and length doesn't depend on the model.
     for (id, name), (verdict, evidence) in verdicts.items():
-        assert verdict == expected[id], (id, name, evidence)
+        assert verdict == "shown", (id, name, evidence)
         assert any(ch.isdigit() for ch in evidence)
     assert all(c["rule"].endswith(".") and c["paper"] and c["source"] for c in results["claims"])
 

@@ -280,6 +280,9 @@ def analyse(
     models = models or {}
     notes = published.beside(models, comparisons)
     study = Analysis(graded, bootstrap, seed)
+    for c in comparisons:
+        for model in (c["base"], c["other"]):
+            study.of(c["problems"], model)  # missing responses are found before anything is computed
     problems = {}
     for name, by_model in graded.items():
         own = [c for c in comparisons if c["problems"] == name]
