@@ -159,10 +159,10 @@ def test_the_command_runs_without_jax(tmp_path):
         "from rlvd_jax.evaluate import main\n"
         f"sys.exit(main([{file!r}, '--group', 'text', '--bootstrap', '200', '--output', {str(tmp_path / 'out')!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "results.json").exists()
     done = subprocess.run(
-        [sys.executable, "-m", "rlvd_jax.evaluate", "no.jsonl"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "rlvd_jax.evaluate", "no.jsonl"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and done.stderr == "error: no.jsonl: there is no such file\n" and done.stdout == ""

@@ -384,7 +384,7 @@ def test_identities_hold_in_the_results(study):
             assert m["keywords_substring"]["all"]["value"] == pytest.approx(2 * m["keywords"]["all"]["value"])
             assert m["truncated"] == pytest.approx(g.truncated.mean())
             assert m["no_answer"] == pytest.approx((g.group < 0).mean())
-            hard = np.argsort(graded[name]["base"].correct.sum(axis=1), kind="stable")[:50]
+            hard = np.argsort(by_model["base"].correct.sum(axis=1), kind="stable")[:50]
             assert m["pass_hardest"]["value"][-1] == pytest.approx((successes[hard] > 0).mean())
             assert (m["pass_hardest"]["questions"], m["pass_hardest"]["by"]) == (50, "base")
             for e in (m["accuracy"], m["maj"], m["entropy"], m["length"]["all"]):
