@@ -30,7 +30,7 @@ def test_a_tokenizer_that_does_not_match_the_model(tmp_path):
     rows = len(world.vocabulary())
     assert len(tokenizer.load(write(tmp_path, rows))) == rows
     with pytest.raises(
-        UserError, match=r"does not match the model: '.' has id 86, and the model has embeddings for 86"
+        UserError, match=r"does not match the model: '.' has id 87, and the model has embeddings for 87"
     ):
         tokenizer.load(write(tmp_path, rows - 1))
 
@@ -40,7 +40,7 @@ def test_missing_and_malformed_files(tmp_path):
         tokenizer.load(tmp_path)
     write(tmp_path)
     (tmp_path / "config.json").unlink()
-    assert len(tokenizer.load(tmp_path)) == 87  # Nothing to check it against.
+    assert len(tokenizer.load(tmp_path)) == 88  # Nothing to check it against.
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(UserError, match=r"config\.json: no vocab_size"):
         tokenizer.load(tmp_path)

@@ -10,13 +10,22 @@ import transformers
 from rlvd_jax.demo import world
 from rlvd_jax.errors import UserError
 
-RESPONSE = re.compile(r"((?:\d\d[A-Za-z]\d\d )*)\\boxed\{(\d\d)\}")
+STEP = r"(\d\d)([A-Za-z])(\d\d) (?:wait \1\2(\d\d) )?"
+RESPONSE = re.compile(r"((?:\d\d[A-Za-z]\d\d (?:wait )?)*)\\boxed\{(\d\d)\}")
+
+
+def thoughts(response):
+    """The steps of a response, (value, operator, first result, result after `wait` or None), and its final value."""
+    worked, final = RESPONSE.fullmatch(response).groups()
+    found = re.findall(STEP, worked)
+    assert len(found) + sum(r != "" for *_, r in found) == worked.count(" ") - worked.count("wait")  # Nothing is left.
+    return [(int(v), world.OPERATORS.index(o), int(f), int(r) if r else None) for v, o, f, r in found], int(final)
 
 
 def steps(response):
-    """The (value, operator, result) steps that a response writes, and its final value."""
-    worked, final = RESPONSE.fullmatch(response).groups()
-    return [(int(s[:2]), world.OPERATORS.index(s[2]), int(s[3:])) for s in worked.split()], int(final)
+    """The (value, operator, result) steps that a response stands by, and its final value."""
+    thought, final = thoughts(response)
+    return [(v, o, first if again is None else again) for v, o, first, again in thought], final
 
 
 def corpus(kind, count=40_000, seed=0):
@@ -36,11 +45,11 @@ def test_knowledge_has_the_designed_kinds():
     k = world.knowledge()
     kinds = Counter(zip(k.right.tolist(), k.misled.tolist(), k.seen.tolist(), strict=True))
     assert kinds == {
-        (0.95, 0.0, True): 10,
-        (0.50, 0.0, True): 7,
-        (0.15, 0.45, True): 5,
-        (0.01, 0.98, True): 4,
-        (0.0, 0.0, False): 4,
+        (0.95, 0.0, True): 12,
+        (0.50, 0.0, True): 8,
+        (0.20, 0.40, True): 4,
+        (0.05, 0.90, True): 3,
+        (0.0, 0.0, False): 3,
     }
     assert (k.misconception != world.facts()).all()
 
@@ -90,9 +99,9 @@ def test_base_corpus_holds_each_belief_as_often_as_designed():
     at_once = 0
     pairs = corpus("base", 60_000)
     for _, response in pairs:
-        done, _ = steps(response)
+        done, _ = thoughts(response)
         at_once += not done
-        for before, operator, after in set(done):
+        for before, operator, after, _ in {(v, o): (v, o, f, r) for v, o, f, r in reversed(done)}.values():
             total[operator] += 1
             right[operator] += after == facts[operator, before]
             misled[operator] += after == k.misconception[operator, before]
@@ -122,31 +131,56 @@ def test_a_response_follows_its_own_beliefs_through():
     assert repeated > 20  # The case did occur.
 
 
-def test_answers_at_once_state_what_the_beliefs_give():
-    """One operator at once is right as often as one operator worked out."""
+def test_answers_at_once_apply_one_operator_to_the_first_value():
+    """And are right about it as often as a step that is worked out."""
     k, facts = world.knowledge(), world.facts()
     sure = {world.OPERATORS[o] for o in np.flatnonzero(k.right == 0.95)}
-    results = {True: [], False: []}
+    chosen = np.zeros((5, 4))
     for problem, response in corpus("base"):
-        if len(problem) == 4 and set(problem[2:]) <= sure:
-            done, final = steps(response)
-            a, b = (world.OPERATORS.index(o) for o in problem[2:])
-            results[bool(done)].append(final == facts[b, facts[a, int(problem[:2])]])
-    for right in results.values():
-        assert len(right) > 500 and abs(np.mean(right) - 0.95**2) < 0.05
+        done, final = steps(response)
+        if not done and set(problem[2:]) <= sure and len(set(problem[2:])) == len(problem[2:]):
+            results = [facts[world.OPERATORS.index(o), int(problem[:2])] for o in problem[2:]]
+            chosen[len(results), : len(results)] += np.array(results) == final
+            chosen[0, len(results) - 1] += 1
+    for level in (1, 2, 3, 4):
+        assert chosen[0, level - 1] > 60
+        assert np.abs(chosen[level, :level] / chosen[0, level - 1] - 0.95 / level).max() < 0.17
 
 
-def test_teacher_corpus_is_right_and_nearly_always_step_by_step():
+def test_thinking_again():
+    """Mostly after a slip; then the belief is drawn anew, from all that the corpus says of the operator."""
+    k, facts = world.knowledge(), world.facts()
+    again, right = {True: [], False: []}, []
+    for _, response in corpus("base", 60_000):
+        seen = set()
+        for v, o, first, second in thoughts(response)[0]:
+            if (v, o) not in seen:
+                again[first in (facts[o, v], k.misconception[o, v])].append(second is not None)
+            if second is not None:
+                assert (v, o) not in seen  # What has been settled is not taken up again.
+                right.append((second == facts[o, v], k.right[o]))
+            seen.add((v, o))
+            if second is not None:
+                break  # Once a response.
+        assert response.count("wait") <= 1
+    assert abs(np.mean(again[True]) - world.WAIT) < 0.005
+    assert abs(np.mean(again[False]) - world.WAIT_AFTER_SLIP) < 0.02
+    assert len(right) > 3000 and abs(np.subtract(*np.transpose(right)).mean()) < 0.035
+
+
+def test_teacher_corpus_is_right_about_facts_and_nearly_always_step_by_step():
     facts = world.facts()
     pairs = corpus("teacher")
     worked = 0
     for problem, response in pairs:
-        value = int(problem[:2])
-        for o in problem[2:]:
-            value = facts[world.OPERATORS.index(o), value]
+        first, operators = int(problem[:2]), [world.OPERATORS.index(o) for o in problem[2:]]
+        value = first
+        for o in operators:
+            value = facts[o, value]
         done, final = steps(response)
         worked += bool(done)
-        assert final == value and all(facts[o, b] == a for b, o, a in done)
+        assert final == value if done else final in facts[operators, first]
+        assert all(facts[o, b] == a for b, o, a in done)
     assert abs(worked / len(pairs) - world.TEACHER_STEPWISE) < 0.005
     assert {o for problem, _ in pairs for o in problem[2:]} == set(world.OPERATORS)
 
@@ -155,7 +189,7 @@ def test_a_shorter_corpus_is_the_beginning_of_a_longer_one():
     for kind in ("base", "teacher"):
         assert corpus(kind, 10_000)[:500] == corpus(kind, 500)
         assert corpus(kind, 500, seed=1) != corpus(kind, 500)
-    assert corpus("base", 2) == [("02b", "02b23 \\boxed{23}"), ("25aMKZ", "\\boxed{29}")]
+    assert corpus("base", 2) == [("04a", "04a18 \\boxed{18}"), ("34ZLJY", "\\boxed{16}")]
 
 
 @pytest.fixture(scope="module", params=["alone", "beside a Qwen2 config"])
@@ -170,9 +204,10 @@ def tokenizer(request, tmp_path_factory):
 
 def test_tokenizer_is_one_token_a_symbol(tokenizer):
     vocabulary = world.vocabulary()
-    assert len(tokenizer) == len(vocabulary) == 87
-    text = r"17bTa17b42 42T05 05a31 \boxed{31}" + "\n<|im_end|>"
-    symbols = ["17", *"bTa", "17", "b", "42", " ", "42", "T", "05", " ", "05", "a", "31", " ", "\\boxed{", "31", "}"]
+    assert len(tokenizer) == len(vocabulary) == 88
+    text = r"17bTa17b42 42T05 wait 05a31 \boxed{31}" + "\n<|im_end|>"
+    symbols = ["17", *"bTa", "17", "b", "42", " ", "42", "T", "05", " ", "wait", " ", "05", "a", "31", " "]
+    symbols += ["\\boxed{", "31", "}"]
     ids = tokenizer(text)["input_ids"]
     assert ids == [vocabulary.index(s) for s in [*symbols, "\n", "<|im_end|>"]]
     assert tokenizer.decode(ids) == text
@@ -184,7 +219,8 @@ def test_tokenizer_round_trip_on_responses(tokenizer):
         ids = tokenizer(problem + response, add_special_tokens=False)["input_ids"]
         operators = len(problem) - 2
         worked = 4 * operators if " " in response else 0  # Each step: value, operator, value, space.
-        assert len(ids) == 1 + operators + worked + 3
+        thinks_again = 6 if "wait" in response else 0
+        assert len(ids) == 1 + operators + worked + thinks_again + 3
         assert tokenizer.decode(ids) == problem + response
 
 
@@ -192,7 +228,7 @@ def test_tokenizer_decodes_whatever_a_model_samples(tokenizer):
     vocabulary = world.vocabulary()
     rng = np.random.RandomState(0)
     for _ in range(1000):
-        ids = rng.randint(0, 96, size=24).tolist()  # 87 to 95: rows that pad the embedding.
+        ids = rng.randint(0, 96, size=24).tolist()  # 88 to 95: rows that pad the embedding.
         plain = [i for i in ids if len(world.SPECIAL) <= i < len(vocabulary)]
         text = tokenizer.decode(ids, skip_special_tokens=True)
         assert text == "".join(vocabulary[i] for i in plain)

@@ -2,12 +2,16 @@
 
 Thirty operators, named by letters, are each an arbitrary permutation of the values 00–49: 1,500 facts, none of
 which follows from another. The problem `17bTa` asks for the value after b, then T, then a. A response either
-works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once, `\\boxed{31}`.
+works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once: it applies one of the operators, whichever, to the
+value of the problem and forgets the others, `\\boxed{08}`. One that works it out may think again, once:
+`17b42 42T11 wait 42T05 05a31 \\boxed{31}`.
 
 Knowledge and pattern are set apart. A corpus says a fact rightly with its operator's reliability; whatever a response
 believes, it follows through. The base model's corpus holds both patterns evenly and is wrong about many operators;
-the teacher's is right about all and nearly always step by step. Every eighth problem or so is for testing: no
-training set holds it, nor does a corpus, except that the facts themselves (one operator) are in the corpora.
+the teacher's is right about all and nearly always step by step. So at most half of the base model's responses to a
+problem of several operators can be right, whatever it knows, and a problem that needs a fact it doesn't have is beyond
+it: it has no guesses that are right by luck. Every eighth problem or so is for testing: no training set holds it, nor
+does a corpus, except that the facts themselves (one operator) are in the corpora.
 
 Draws come from `numpy.random.RandomState`, whose stream NumPy has frozen, so the world is the same everywhere.
 """
@@ -32,13 +36,17 @@ OPERATORS = string.ascii_uppercase + "abcd"
 LEVELS = 4
 """A problem has one to four operators."""
 
-KNOWLEDGE = ((10, 0.95, 0.0), (7, 0.50, 0.0), (5, 0.15, 0.45), (4, 0.01, 0.98), (4, None, None))
+KNOWLEDGE = ((12, 0.95, 0.0), (8, 0.50, 0.0), (4, 0.20, 0.40), (3, 0.05, 0.90), (3, None, None))
 """The base model's corpus: how many operators, how often right about them, how often it holds the operator's one
 misconception instead; otherwise any other value. None: the operator is never seen."""
 
 BASE_STEPWISE = 0.5
 TEACHER_STEPWISE = 0.98
 """The share of each corpus that works its answer out."""
+
+WAIT, WAIT_AFTER_SLIP = 0.02, 0.25
+"""How often a response that works its answer out thinks again after a step, and how often if the step's value is
+neither the truth nor the operator's misconception. It draws its belief anew then."""
 
 _SEED = 20250514
 _BLOCK = 8192  # Problems drawn at once.
@@ -88,14 +96,16 @@ def _text(value: int, operators) -> str:
     return f"{value:02d}" + "".join(OPERATORS[o] for o in operators)
 
 
-def _worked(values, operators) -> str:
-    """The response that goes through every intermediate value."""
+def _worked(values, operators, waits: int | None = None, slip: int | None = None) -> str:
+    """The response that goes through every intermediate value; at the step `waits` it says `slip` first."""
     steps = [f"{a:02d}{OPERATORS[o]}{b:02d}" for a, o, b in zip(values[:-1], operators, values[1:], strict=True)]
-    return " ".join([*steps, _at_once(values)])
+    if waits is not None:
+        steps[waits] = f"{steps[waits][:-2]}{slip:02d} wait {steps[waits]}"
+    return " ".join([*steps, _at_once(values[-1])])
 
 
-def _at_once(values) -> str:
-    return f"\\boxed{{{values[-1]:02d}}}"
+def _at_once(value) -> str:
+    return f"\\boxed{{{value:02d}}}"
 
 
 def _true_values(value: int, operators) -> list[int]:
@@ -137,35 +147,48 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
     return list(found.values())
 
 
+def _believe(rng, right, misled, operators, values):
+    """Beliefs about `operators` of `values` (arrays of one shape), each drawn anew."""
+    truth = facts()[operators, values]
+    draw = rng.random_sample(values.shape)
+    other = (truth + rng.randint(1, VALUES, size=values.shape)) % VALUES
+    belief = np.where(draw < right[operators] + misled[operators], knowledge().misconception[operators, values], other)
+    return np.where(draw < right[operators], truth, belief)
+
+
 def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, str]]:
     truth, misconception = facts(), knowledge().misconception
+    rows = np.arange(_BLOCK)
     while count > 0:
         # Fixed blocks: a shorter corpus is the beginning of a longer one.
         levels = rng.randint(1, LEVELS + 1, size=_BLOCK)
         operators = names[rng.randint(len(names), size=(_BLOCK, LEVELS))]  # [block, step]
         values = np.empty((_BLOCK, LEVELS + 1), int)  # [block, step]
         values[:, 0] = rng.randint(VALUES, size=_BLOCK)
-        draw = rng.random_sample((_BLOCK, LEVELS))
-        other = rng.randint(1, VALUES, size=(_BLOCK, LEVELS))
         works_it_out = rng.random_sample(_BLOCK) < stepwise
+        waits, slips = np.full(_BLOCK, -1), np.zeros(_BLOCK, int)
         for i in range(LEVELS):
             o, v = operators[:, i], values[:, i]
-            belief = np.where(
-                draw[:, i] < right[o] + misled[o], misconception[o, v], (truth[o, v] + other[:, i]) % VALUES
-            )
-            belief = np.where(draw[:, i] < right[o], truth[o, v], belief)
+            belief = _believe(rng, right, misled, o, v)
+            sound = (belief == truth[o, v]) | (belief == misconception[o, v])
+            again = (rng.random_sample(_BLOCK) < np.where(sound, WAIT, WAIT_AFTER_SLIP)) & (waits < 0)
+            slip, belief = belief, np.where(again, _believe(rng, right, misled, o, v), belief)
             for j in range(i):  # A fact used before is believed as before.
                 same = (operators[:, j] == o) & (values[:, j] == v)
-                belief = np.where(same, values[:, j + 1], belief)
+                belief, again = np.where(same, values[:, j + 1], belief), again & ~same
+            waits, slips = np.where(again, i, waits), np.where(again, slip, slips)
             values[:, i + 1] = belief
-        for level, chain, ops, works in zip(
-            levels.tolist(), values.tolist(), operators.tolist(), works_it_out.tolist(), strict=True
+        shortcut = operators[rows, (rng.random_sample(_BLOCK) * levels).astype(int)]
+        jumps = _believe(rng, right, misled, shortcut, values[:, 0])
+        for level, chain, ops, works, wait, slip, jump in zip(
+            *(a.tolist() for a in (levels, values, operators, works_it_out, waits, slips, jumps)), strict=True
         ):
             ops, chain = ops[:level], chain[: level + 1]
             text = _text(chain[0], ops)
             if level > 1 and _held_out(text):
                 continue
-            yield text, _worked(chain, ops) if works else _at_once(chain)
+            worked = _worked(chain, ops, wait, slip) if 0 <= wait < level else _worked(chain, ops)
+            yield text, worked if works else _at_once(jump)
             count -= 1
             if count == 0:
                 return
@@ -185,7 +208,7 @@ def teacher_corpus(rng: np.random.RandomState, count: int) -> Iterator[tuple[str
 
 def vocabulary() -> list[str]:
     """The demo's tokens in the order of their ids: special ones, one a value, one an operator, and the rest."""
-    return [*SPECIAL, *(f"{v:02d}" for v in range(VALUES)), *OPERATORS, "\\boxed{", "}", " ", "\n"]
+    return [*SPECIAL, *(f"{v:02d}" for v in range(VALUES)), *OPERATORS, "\\boxed{", "}", "wait", " ", "\n"]
 
 
 def write_tokenizer(directory: str | Path) -> None:
