@@ -44,7 +44,7 @@ class Request:
     samples: tuple[int, ...]
     """Which sample numbers to draw."""
     limits: tuple[int, ...] | None = None
-    """The most tokens of each sample, where not `max_tokens`."""
+    """The most tokens of each sample, at least 1, where not `max_tokens`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,28 @@ class Slots(NamedTuple):
     key: jax.Array  # [slots, 2] of this response
     tokens: jax.Array  # [slots, max_tokens]
     logprobs: jax.Array  # [slots, max_tokens]
+
+
+@partial(jax.jit, static_argnums=range(7))
+def _empty(mesh, c: Qwen2Config, layout: kv.Layout, slots: int, length: int, most: int, dtype) -> Slots:
+    """Unused slots: `slots` of `length` positions on each device, for at most `most` tokens each."""
+    n = slots * mesh.size
+
+    def zeros(*shape, dtype=jnp.int32):
+        return jnp.zeros(shape, dtype)
+
+    empty = Slots(
+        cache=kv.empty(c, layout, n, length, dtype),
+        token=zeros(n),
+        position=zeros(n),
+        produced=zeros(n),
+        limit=zeros(n),
+        done=jnp.ones((n,), bool),
+        key=zeros(n, 2, dtype=jnp.uint32),
+        tokens=zeros(n, most),
+        logprobs=zeros(n, most, dtype=jnp.float32),
+    )
+    return jax.lax.with_sharding_constraint(empty, NamedSharding(mesh, P("data")))
 
 
 def _fold(key, data):
@@ -229,6 +251,8 @@ class Sampler:
 
     def load(self, params) -> None:
         """Take weights: cast to the sampler's dtype, laid out for decoding, whole on each device."""
+        if jax.tree.leaves(params)[0].sharding.device_set != set(self.devices):
+            params = jax.device_put(params, self._whole)
         self.weights = self._load(params)
 
     def plan(self, length: int, responses: int) -> int:
@@ -270,28 +294,6 @@ class Sampler:
         slots = self.plan(length, total)
         yield from _Run(self, requests, seed, slots, length).completions()
 
-    def empty(self, slots: int, length: int) -> Slots:
-        """Unused slots on the devices."""
-        n = slots * len(self.devices)
-
-        def make():
-            def zeros(*shape, dtype=jnp.int32):
-                return jnp.zeros(shape, dtype)
-
-            return Slots(
-                cache=kv.empty(self.config, self.layout, n, length, self.dtype),
-                token=zeros(n),
-                position=zeros(n),
-                produced=zeros(n),
-                limit=zeros(n),
-                done=jnp.ones((n,), bool),
-                key=zeros(n, 2, dtype=jnp.uint32),
-                tokens=zeros(n, self.settings.max_tokens),
-                logprobs=zeros(n, self.settings.max_tokens, dtype=jnp.float32),
-            )
-
-        return jax.jit(make, out_shardings=self._split)()
-
 
 class _Run:
     """One call of `Sampler.sample`: the queue, who is in which slot, and the slots themselves."""
@@ -307,7 +309,8 @@ class _Run:
         self.prompts = None
         self.row_of: list[dict[int, int]] = [{} for _ in range(self.devices)]
         self.occupant = np.full((self.devices, slots, 2), -1, np.int64)  # request, sample index
-        self.state = sampler.empty(slots, length)
+        settings = (sampler.settings.max_tokens, sampler.dtype)
+        self.state = _empty(sampler.mesh, sampler.config, sampler.layout, slots, length, *settings)
 
     def _pieces(self):
         """(request, range of its samples) small enough to spread over the devices."""
@@ -445,7 +448,7 @@ class _Run:
             self._put(wake, self.s._split),
             self._put(np.int32(steps), self.s._whole),
         )
-        done, produced, self.positions = jax.device_get((self.state.done, self.state.produced, self.state.position))
+        done, produced = jax.device_get((self.state.done, self.state.produced))
         return np.where(done, produced, -1).reshape(self.devices, -1)
 
     def _span(self, occupied: np.ndarray) -> tuple[int, int]:
