@@ -180,7 +180,7 @@ class ModelConfig(Settings):
     """r1, qwen-math, question, or any text with {question} in it; none: the start's or the student's, question
     for a given model."""
     sampling: SamplingOverride = SamplingOverride()
-    """Changes to the study's sampling settings for this model's responses."""
+    """Changes to the study's sampling settings for this model's responses and for those of models trained from it."""
     paper: str | None = None
     """The paper's row that this model repeats, `Qwen2.5-3B/base`: its published figures are printed beside."""
 
@@ -240,8 +240,10 @@ class StudyConfig(Settings):
     """Its name, and the folder of its results under `output`."""
     output: str = "runs"
     """Where studies are kept."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Every random draw follows from it."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of a finished training; each holds the optimiser's state too."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the arithmetic; auto: bfloat16 on accelerators, float32 on CPU. Trained weights are kept in float32."""
@@ -332,10 +334,13 @@ class StudyConfig(Settings):
         return self.template(model.parent) if model.parent else "question"
 
     def model_sampling(self, name: str, override: SamplingOverride | None = None) -> SamplingConfig:
-        """The sampling settings of a model's responses; `override` wins over the model's own."""
-        changes = self.models[name].sampling.model_dump(exclude_none=True)
+        """The sampling settings of a model's responses: the study's, then what its ancestors by training change, then
+        its own changes, then `override`."""
+        model = self.models[name]
+        settings = self.model_sampling(model.parent) if model.parent else self.sampling
+        changes = model.sampling.model_dump(exclude_none=True)
         changes |= override.model_dump(exclude_none=True) if override else {}
-        return self.sampling.model_copy(update=changes)
+        return settings.model_copy(update=changes)
 
 
 def _known_fields(path, root) -> list[str]:

@@ -1,7 +1,7 @@
 """Qwen2.5 checkpoints in and out: Hugging Face directories of safetensors.
 
 Reading is lazy: each tensor (of a sharded array, each device's slice of it) goes from the memory-mapped file to
-its device and into its place in the stacked layers, so the host never holds more than about one tensor.
+its device and into its place in the stacked layers, so the host holds about 256 MiB or one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
 from rlvd_jax.qwen2.model import Qwen2, Weight, layer_weights, top_weights
 
+READ_AT_ONCE = 1 << 28  # bytes of a weight's layers that are read together
+
 # What a checkpoint directory holds besides weights and config.json.
 COMPANIONS = (
     "generation_config.json",
@@ -37,25 +39,6 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-def resolve(name: str | Path) -> Path:
-    """The directory of a checkpoint: a local one as it is, else a hub name, whose files are downloaded."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise UserError(f"{name}: there is no such checkpoint directory, and it is not a hub name (owner/name)")
-    import huggingface_hub
-
-    try:
-        patterns = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name}: no such directory here, and the hub gave no checkpoint of that name ({reason})"
-        ) from None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -125,7 +108,31 @@ def _read(tensor, w: Weight, index: tuple[slice, ...], dtype) -> np.ndarray:
 
 @partial(jax.jit, donate_argnums=0)
 def _place(stack, value, i):
-    return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0)
+    return jax.lax.dynamic_update_slice_in_dim(stack, value, i, 0)
+
+
+def _load_one(tensors: dict, w: Weight, layers: int | None, sharding: NamedSharding, dtype) -> jax.Array:
+    """One weight of the model; of all layers together where it has a layer axis."""
+    if layers is None:
+        read = partial(_read, tensors[w.name], w, dtype=dtype)
+        return jax.make_array_from_callback(w.shape, sharding, read)
+    bytes_of_layer = int(np.prod(w.shape)) * jnp.dtype(dtype).itemsize
+    piece = min(layers, max(1, READ_AT_ONCE // bytes_of_layer))
+    stack = None
+    for start in range(0, layers, piece):
+        count = min(piece, layers - start)
+
+        def read(index, start=start, count=count):
+            chosen = range(start, start + count)[index[0]]
+            return np.stack([_read(tensors[w.name.format(i)], w, index[1:], dtype) for i in chosen])
+
+        value = jax.make_array_from_callback((count, *w.shape), sharding, read)
+        if count == layers:
+            return value
+        if stack is None:
+            stack = jax.jit(partial(jnp.zeros, (layers, *w.shape), dtype), out_shardings=sharding)()
+        stack = _place(stack, value, start)
+    return stack
 
 
 def load(
@@ -134,7 +141,7 @@ def load(
     """A model with the weights of a checkpoint directory, placed on `mesh` (none: the first device).
 
     Raises UserError that names what is missing, extra, misshapen or truncated. `progress` is called with
-    (tensors done, tensors in all).
+    (weights done, weights in all).
     """
     directory = Path(directory)
     config = Qwen2Config.from_directory(directory)
@@ -143,22 +150,12 @@ def load(
     arrays: dict[str, jax.Array] = {}
     with _open(directory) as tensors:
         _check(directory, config, tensors)
-        declared = _declared(config)
-        for done, (name, (path, i, w)) in enumerate(declared.items()):
-            sharding = shardings[path]
-            if i is None:
-                read = partial(_read, tensors[name], w, dtype=param_dtype)
-                arrays[path] = jax.make_array_from_callback(w.shape, sharding, read)
-            else:
-                one = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-                read = partial(_read, tensors[name], w, dtype=param_dtype)
-                value = jax.make_array_from_callback(w.shape, one, read)
-                if i == 0:
-                    shape = (config.num_hidden_layers, *w.shape)
-                    arrays[path] = jax.jit(partial(jnp.zeros, shape, param_dtype), out_shardings=sharding)()
-                arrays[path] = _place(arrays[path], value, i)
+        weights = {name: (None, w) for name, w in top_weights(config).items()}
+        weights |= {f"layers/{name}": (config.num_hidden_layers, w) for name, w in layer_weights(config).items()}
+        for done, (path, (layers, w)) in enumerate(weights.items()):
+            arrays[path] = _load_one(tensors, w, layers, shardings[path], param_dtype)
             if progress:
-                progress(done + 1, len(declared))
+                progress(done + 1, len(weights))
     model = nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
     graphdef, params = nnx.split(model, nnx.Param)
     return nnx.merge(graphdef, _fill(params, arrays))

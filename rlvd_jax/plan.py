@@ -1,0 +1,139 @@
+"""What a study will do and what each step costs, without doing any of it (`--plan`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlvd_jax import hub
+from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.study import DEMO_MODELS, Step, Study
+from rlvd_jax.training.loss import LOGITS_AT_ONCE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step: tokens to sample and to train on at most, and device memory in bytes."""
+
+    sampled: float = 0
+    trained: float = 0
+    memory: float = 0
+
+
+def architecture(study: Study, model: str) -> Qwen2Config:
+    """Of a model, trained or not: that of the given model it comes from."""
+    recipe = study.config.models[model]
+    if recipe.from_ is None:
+        return architecture(study, recipe.parent)
+    return Qwen2Config.from_directory(DEMO_MODELS.get(recipe.from_) or hub.config_directory(recipe.from_))
+
+
+def mean_length(study: Study, model: str, problems: str, most: int) -> float:
+    """Tokens of a response: as measured on this study's responses to these problems, of this model if there are any,
+    else the limit."""
+    for name in dict.fromkeys([model, *study.config.models]):
+        if (name, problems) in study.needed:
+            there = study.responses(name, problems)
+            if len(there):
+                return float(np.mean(there.table(["tokens"])["tokens"]))
+    return most
+
+
+def sampling_memory(c: Qwen2Config, itemsize: int, length: int, slots: int) -> float:
+    """Bytes on each device: weights, the cache of `slots` responses of `length` positions, and their logits."""
+    return c.parameters * itemsize + slots * (length * c.cache_bytes(itemsize) + 6 * 4 * c.vocab_size)
+
+
+def training_memory(c: Qwen2Config, itemsize: int, tokens: int, reference: bool) -> float:
+    """Bytes on each device where weights are whole: float32 weights, gradient and two moments; the residual stream
+    kept of each layer, one layer's activations, the logits of one chunk and their gradients."""
+    state = c.parameters * (16 + (itemsize if reference else 0) + (itemsize if itemsize < 4 else 0))
+    layer = tokens * (4 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim) * itemsize
+    logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * c.vocab_size)
+    return state + tokens * c.num_hidden_layers * c.hidden_size * itemsize + layer + logits
+
+
+def cost(study: Study, step: Step) -> Cost:
+    """What is left to do of a step costs this much."""
+    config = study.config
+    c = architecture(study, step.model)
+    itemsize = 4 if config.dtype == "float32" or (config.dtype == "auto" and config.device == "cpu") else 2
+    sampling = config.model_sampling(step.model)
+
+    def slots(sampling, responses):
+        return min(sampling.slots or 1024, responses)
+
+    if step.kind == "respond":
+        count = sum(len(s) for s in study.missing(step).values())
+        length = mean_length(study, step.model, step.problems, sampling.max_tokens)
+        memory = sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, count))
+        return Cost(sampled=count * length, memory=memory)
+    model = config.models[step.model]
+    if grpo := model.grpo:
+        sampling = config.model_sampling(step.model, grpo.sampling)
+        responses = grpo.questions * grpo.samples
+        length = mean_length(study, grpo.start, grpo.problems, sampling.max_tokens)
+        evaluations = 0
+        if grpo.evaluate_on and grpo.evaluate_every:
+            times = 1 + -(-grpo.steps // grpo.evaluate_every)
+            evaluations = times * len(study.problems(grpo.evaluate_on)) * grpo.evaluate_samples
+        row = grpo.row_tokens or sampling.max_tokens + 256
+        memory = max(
+            training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0),
+            sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, responses)) + 12 * c.parameters,
+        )
+        return Cost(
+            sampled=(grpo.steps * responses + evaluations) * length,
+            trained=grpo.steps * grpo.updates * responses * length,
+            memory=memory,
+        )
+    sft = model.sft
+    most = config.model_sampling(sft.teacher).max_tokens
+    length = mean_length(study, sft.teacher, sft.problems, most)
+    examples = len(study.problems(sft.problems)) * min(sft.keep, sft.samples or config.sampling.samples)
+    return Cost(
+        trained=sft.epochs * examples * length,
+        memory=training_memory(c, itemsize, min(sft.max_length, int(sft.batch * length)) * sft.micro_rows, False),
+    )
+
+
+def amount(value: float) -> str:
+    """1,234,567 → 1.2 M."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def plan(study: Study) -> str:
+    """A table of the study's steps: state, tokens at most, device memory."""
+    rows = [("step", "state", "sample tokens", "train tokens", "memory/device")]
+    first = True
+    for step in study.steps:
+        if study.done(step):
+            rows.append((step.name, "done", "", "", ""))
+            continue
+        state, first = ("next" if first else "to do"), False
+        if step.kind == "respond":
+            total = len(study.problems(step.problems)) * step.samples
+            left = sum(len(s) for s in study.missing(step).values())
+            if left < total:
+                state += f", {total - left:,} of {total:,} there"
+        spent = cost(study, step)
+        rows.append(
+            (
+                step.name,
+                state,
+                amount(spent.sampled) if spent.sampled else "",
+                amount(spent.trained) if spent.trained else "",
+                f"{spent.memory / 2**30:.1f} GiB",
+            )
+        )
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    lines = ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    notes = (
+        "Tokens are the most there can be where no response of the study tells the usual length. Memory is what the "
+        "largest arrays take with whole weights on each device; the sampler takes fewer slots where less is free."
+    )
+    return f"{study.config.study} in {study.root}\n" + "\n".join(line.rstrip() for line in lines) + "\n" + notes

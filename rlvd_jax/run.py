@@ -1,0 +1,138 @@
+"""The command line: python -m rlvd_jax.run [CONFIG] [key=value ...]
+
+Runs a study: trains and samples what is not there yet, grades, analyses and writes the page. Without CONFIG it is the
+demo, the paper in miniature on a laptop's CPU. The same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rlvd_jax import config as settings
+from rlvd_jax.errors import UserError, nearest
+
+CONFIGS = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
+
+
+def config_path(name: str) -> Path:
+    """The file that CONFIG means: a path, or the name of a config that comes with the package."""
+    if Path(name).exists() or name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    found = {path.stem: path for folder in CONFIGS for path in folder.glob("*.yaml")}
+    if name not in found:
+        raise UserError(f"{name}: neither a file nor a config of the package{nearest(name, found)}")
+    return found[name]
+
+
+def prepare_device(device: str) -> None:
+    """Settings that must stand before JAX is imported, then JAX itself; UserError if there is no such device."""
+    if device != "auto":
+        os.environ["JAX_PLATFORMS"] = "cuda" if device == "gpu" else device
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device: there is no {device} that JAX can use here ({reason})") from None
+    if backend != "cpu":
+        # Compiling for an accelerator takes minutes; what was compiled once is kept.
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlvd_jax" / "compiled"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            if not jax.config.jax_compilation_cache_dir:
+                jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+@contextlib.contextmanager
+def only_one(root: Path):
+    """Holds the study's lock; UserError if another process runs the same study."""
+    import fcntl
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "w")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise UserError(f"{root}: results cannot be written there: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{root}: another process runs this study; wait for it or give the study another name") from None
+        yield
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlvd_jax.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", default="demo", help="a YAML file or a config's name (default: demo)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: sampling.samples=64")
+    parser.add_argument("--plan", action="store_true", help="print the steps, what is done and what each costs; do nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    if "=" in args.config:
+        args.overrides.insert(0, args.config)
+        args.config = "demo"
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"rlvd_jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    config = settings.load(config_path(args.config), args.overrides)
+    from rlvd_jax.study import Study
+
+    study = Study(config)
+    if args.plan:
+        from rlvd_jax.plan import plan
+
+        print(plan(study))
+        return 0
+    for problems in dict.fromkeys(p for _, p in study.needed):
+        study.problems(problems)  # bad input is told before anything is computed
+    prepare_device(config.device)
+    with only_one(study.root):
+        import yaml
+
+        from rlvd_jax.grading import Grader
+        from rlvd_jax.publish import publish
+        from rlvd_jax.report import summary_table
+        from rlvd_jax.work import Work
+
+        resolved = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+        (study.root / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        todo = [step for step in study.steps if not study.done(step)]
+        print(f"{config.study}: {len(study.steps)} steps, {len(study.steps) - len(todo)} done; results in {study.root}")
+        with Grader(config.grader.workers, config.grader.deadline) as grader:
+            work = Work(study, grader, progress=not args.quiet)
+            for i, step in enumerate(todo):
+                print(f"[{i + 1}/{len(todo)}] {step.name}", flush=True)
+                began = time.monotonic()
+                work.run(step)
+                print(f"      {time.monotonic() - began:,.0f} s", flush=True)
+            results, page = publish(study, grader, lambda line: print(f"[report] {line}", flush=True))
+        print()
+        print(summary_table(results))
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        print(f"\npage: {page} ({minutes} min {seconds} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
