@@ -36,13 +36,9 @@ END = 1
 OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=2, clip_norm=1.0, weight_decay=0.01)
 
 
-def model(seed: int = 0, **changes) -> Qwen2:
-    return Qwen2(CONFIG, nnx.Rngs(seed), **changes)
-
-
 def params(seed: int = 0) -> nnx.State:
     """Fresh weights, large enough to matter; the training that gets them may destroy them."""
-    state = nnx.split(model(seed), nnx.Param)[1]
+    state = nnx.split(Qwen2(CONFIG, nnx.Rngs(seed)), nnx.Param)[1]
     return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, state)
 
 
@@ -120,7 +116,8 @@ def grpo_config(**changes) -> GRPOConfig:
 def run_grpo(directory, *, config=None, grader=None, samplers=None, evaluate=True, **changes):
     practice, testing = samplers or (sampler(), sampler(temperature=0.7))
     arguments = dict(
-        model=model(),
+        model=CONFIG,
+        dtype=jnp.float32,
         params=params(),
         mesh=mesh(),
         questions=questions(),
@@ -151,7 +148,14 @@ def sft_config(**changes) -> SFTConfig:
 
 def run_sft(directory, *, config=None, **changes):
     arguments = dict(
-        model=model(), params=params(), mesh=mesh(), examples=examples(18), directory=directory, seed=7, progress=False
+        model=CONFIG,
+        dtype=jnp.float32,
+        params=params(),
+        mesh=mesh(),
+        examples=examples(18),
+        directory=directory,
+        seed=7,
+        progress=False,
     )
     return sft.train(config or sft_config(), **arguments | changes)
 

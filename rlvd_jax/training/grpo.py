@@ -33,14 +33,14 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.grading import Grader
 from rlvd_jax.problems import Problem
 from rlvd_jax.prompts import question_key
-from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.qwen2 import Qwen2Config
 from rlvd_jax.sampling import Completion, Request, Sampler
 from rlvd_jax.training.batches import Example, pack, token_weights
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.rewards import advantages, rewards
-from rlvd_jax.training.step import Trainer, TrainState
+from rlvd_jax.training.step import Trainer, TrainState, get_trainer
 
 ROUNDS = 10  # of dynamic sampling in a step; then it trains on the groups that there are
 
@@ -250,7 +250,8 @@ def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: 
 def train(
     config: GRPOConfig,
     *,
-    model: Qwen2,
+    model: Qwen2Config,
+    dtype,
     params: nnx.State,
     mesh: Mesh,
     questions: Questions,
@@ -264,7 +265,8 @@ def train(
 ) -> tuple[nnx.State, dict]:
     """Train a model by GRPO, or go on with it; → (weights of the step that is kept, what happened).
 
-    model: whose architecture and dtype are used; params: its weights, which training takes over: don't use them again.
+    model, dtype: the architecture, and the dtype of the arithmetic. params: the weights to start from, which training
+    takes over: don't use them again.
     sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
     and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard.
 
@@ -276,7 +278,7 @@ def train(
     if settings.temperature == 0:
         raise UserError("grpo.sampling.temperature is 0: all responses of a group would be the same, set it above 0")
     longest = max(len(p) for p in questions.prompts) + settings.max_tokens
-    longest = min(longest, model.config.max_position_embeddings)
+    longest = min(longest, model.max_position_embeddings)
     row_tokens = config.row_tokens or -(-longest // 128) * 128
     if row_tokens < longest:
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
@@ -285,13 +287,13 @@ def train(
         "sampling": settings.model_dump(mode="json", exclude={"samples", "slots"}),
         "questions": questions.digest(),
         "evaluation questions": evaluation.questions.digest() if evaluation else None,
-        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
+        "model": model.to_dict() | {"dtype": jnp.dtype(dtype).name},
         "seed": seed,
     }
 
     objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl)
-    trainer = Trainer(model, mesh, config.optimizer, objective, settings.temperature)
-    reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
+    trainer = get_trainer(model, dtype, mesh, config.optimizer, objective, settings.temperature)
+    reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params) if config.kl else None
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
         rollouts = Rollouts(grader, decode, interruption)

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from rlvd_jax.board import Board
 from rlvd_jax.config import SFTConfig
 from rlvd_jax.errors import UserError
-from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.qwen2 import Qwen2Config
 from rlvd_jax.training.batches import Example, supervised
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
-from rlvd_jax.training.step import Trainer
+from rlvd_jax.training.step import get_trainer
 
 LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
 
@@ -50,7 +50,8 @@ def make_examples(
 def train(
     config: SFTConfig,
     *,
-    model: Qwen2,
+    model: Qwen2Config,
+    dtype,
     params: nnx.State,
     mesh: Mesh,
     examples: Sequence[Example],
@@ -60,7 +61,7 @@ def train(
 ) -> tuple[nnx.State, dict]:
     """Train a model on examples, or go on with it; → (weights, what happened).
 
-    model, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
+    model, dtype, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
     optimiser steps made, and "data", the position in the examples.
     """
     if not examples:
@@ -68,10 +69,10 @@ def train(
     identity = {  # what may change when a run goes on is left out
         "sft": config.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows"}),
         "examples": digest(examples),
-        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
+        "model": model.to_dict() | {"dtype": jnp.dtype(dtype).name},
         "seed": seed,
     }
-    trainer = Trainer(model, mesh, config.optimizer)
+    trainer = get_trainer(model, dtype, mesh, config.optimizer)
     batches = iter(
         supervised(
             examples,

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlvd_jax.config import OptimizerConfig
-from rlvd_jax.qwen2 import Qwen2
+from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
 from rlvd_jax.training.loss import Objective, loss, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
@@ -30,31 +30,34 @@ class TrainState:
 
 
 class Trainer:
-    """The compiled functions of one training run.
+    """The compiled functions of one training recipe; `get_trainer` finds the one made before, or makes one.
 
-    model: gives the architecture and the dtype of the arithmetic; its weights are not used, so it may be abstract
-    (`nnx.eval_shape`). objective: GRPO's, or None for supervised training. Weights lie on the mesh as
-    qwen2/mesh.py says; a batch's rows are split over the axes data and fsdp.
+    config, dtype: the architecture, and the dtype of the arithmetic. objective: GRPO's, or None for supervised
+    training. Weights lie on the mesh as qwen2/mesh.py says; a batch's rows are split over the axes data and fsdp.
     """
 
     def __init__(
         self,
-        model: Qwen2,
+        config: Qwen2Config,
+        dtype,
         mesh: Mesh,
         optimizer: OptimizerConfig,
         objective: Objective | None = None,
         temperature: float = 1.0,
     ):
-        self.graphdef, params = nnx.split(model, nnx.Param)
+        abstract = nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0), dtype, jnp.float32))
+        self.graphdef, params = nnx.split(abstract, nnx.Param)
         self.mesh, self.objective, self.temperature = mesh, objective, temperature
         self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
         self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.split = NamedSharding(mesh, PartitionSpec(None, *mesh_rules.BATCH))
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-        self.shardings = self._state_shardings(model.config, params)
-        place = functools.partial(jax.tree.map, lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
-        self.abstract_state = place(jax.eval_shape(self._init, params), self.shardings)
+        self.shardings = self._state_shardings(config, params)
+        self.abstract_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(self._init, params),
+            self.shardings,
+        )
         self._jit_init = jax.jit(self._init, donate_argnums=0, out_shardings=self.shardings)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, self.whole))
         self.logprobs = jax.jit(self._logprobs, out_shardings=self.split)
@@ -125,7 +128,7 @@ class Trainer:
         tokens = sums["tokens"]
         metrics = {k: v / jnp.maximum(tokens, 1) for k, v in sums.items()}
         metrics |= {k: v for k, v in sums.items() if k in ("loss", "tokens") or k.endswith("_max")}
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": self.rate(state.step)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": self.rate(state.step)}
         return TrainState(params, optimizer, state.step + 1), metrics
 
     def _logprobs(self, params, batch):
@@ -135,3 +138,7 @@ class Trainer:
 
         used, batch = batch["used"], {k: batch[k] for k in ("tokens", "positions", "segments")}
         return jax.lax.fori_loop(0, used, fill, jnp.zeros(batch["tokens"].shape, jnp.float32))
+
+
+get_trainer = functools.lru_cache(maxsize=4)(Trainer)
+"""A `Trainer`: the same arguments give the same one, so that several models trained alike are compiled for once."""

@@ -1,0 +1,208 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_helpers as tiny
+from flax import nnx
+from rlvd_jax.config import OptimizerConfig
+from rlvd_jax.training.batches import pack, token_weights
+from rlvd_jax.training.loss import Objective
+from rlvd_jax.training.optimizer import decayed, learning_rate, make_optimizer
+from rlvd_jax.training.step import Trainer, TrainState
+
+PLAIN = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=None, weight_decay=0.0)
+
+
+def batch_of(examples, row_tokens=20, rows=1, normalise="batch"):
+    weights = token_weights([len(e.response) for e in examples], normalise, 12)
+    return pack(examples, weights, row_tokens=row_tokens, rows=rows)
+
+
+def first_update(trainer, batch):
+    """(state, metrics) after one update of the tiny model."""
+    state, metrics = trainer.update(trainer.init(tiny.params()), trainer.place(batch))
+    return state, jax.device_get(metrics)
+
+
+def gradient(state):
+    """Of the first update: AdamW's first moment is (1 - b1) times it."""
+    (adam,) = [s for s in jax.tree.leaves(state.optimizer, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    return jax.tree.map(lambda m: np.asarray(m) / (1 - PLAIN.b1), adam.mu)
+
+
+def assert_close(a, b, atol):
+    for x, y in zip(tiny.leaves(a), tiny.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def supervised():
+    return Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(), PLAIN)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(), PLAIN, Objective(), temperature=0.9)
+
+
+def test_rate_warms_up_from_zero_and_stays():
+    rate = learning_rate(OptimizerConfig(learning_rate=2e-3, warmup_steps=4))
+    np.testing.assert_allclose([float(rate(s)) for s in range(7)], np.array([0, 1, 2, 3, 4, 4, 4]) * 5e-4, rtol=1e-6)
+    assert float(learning_rate(PLAIN)(0)) == pytest.approx(1e-2)
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    names = {
+        "/".join(str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)): value
+        for path, value in jax.tree_util.tree_leaves_with_path(decayed(tiny.params()))
+    }
+    assert {n for n, v in names.items() if v} == {"embedding", *(f"layers/{w}" for w in "q k v o gate up down".split())}
+    assert {n for n, v in names.items() if not v} == {
+        "final_norm",
+        *(f"layers/{w}" for w in ("input_norm", "post_norm", "q_bias", "k_bias", "v_bias")),
+    }
+
+
+def test_adamw_by_hand():
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup_steps=2, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.5, clip_norm=1.0
+    )
+    optimizer = make_optimizer(config)
+    params = {"w": jnp.float32([[1.0, -2.0]]), "q_bias": jnp.float32([3.0])}
+    gradients = [([3.0, 0.0], 4.0), ([0.3, 0.4], 0.0), ([-6.0, 0.0], 8.0)]  # norms 5, 0.5, 10
+    state = optimizer.init(params)
+    w, m, v = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    for step, (g_w, g_b) in enumerate(gradients):
+        g = {"w": jnp.float32([g_w]), "q_bias": jnp.float32([g_b])}
+        changes, state = optimizer.update(g, state, params)
+        params = jax.tree.map(jnp.add, params, changes)
+        g = np.array([*g_w, g_b])
+        g = g / max(1.0, np.linalg.norm(g))
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.99 ** (step + 1))
+        rate = 0.1 * min(1, step / 2)
+        w = w - rate * (m_hat / (np.sqrt(v_hat) + 1e-8) + 0.5 * w * np.array([1, 1, 0]))
+        np.testing.assert_allclose(np.concatenate([params["w"][0], params["q_bias"]]), w, rtol=1e-5)
+
+
+def test_packed_loss_and_gradient_equal_unpacked(supervised):
+    """Against every example in a row of its own, with plain log-probabilities of all its tokens."""
+    examples = tiny.examples(9)
+    state, metrics = first_update(supervised, batch_of(examples))
+    length = max(map(len, examples))
+    tokens, segments, answer = np.zeros((3, len(examples), length), np.int32)
+    for i, e in enumerate(examples):
+        tokens[i, : len(e)] = [*e.prompt, *e.response]
+        segments[i, : len(e)] = 1
+        answer[i, len(e.prompt) : len(e)] = 1
+
+    def loss(params):
+        model = nnx.merge(supervised.graphdef, params)
+        hidden = model(tokens, np.broadcast_to(np.arange(length), tokens.shape), segments)
+        logp = jax.nn.log_softmax(model.logits(hidden))[:, :-1]
+        logp = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -(logp * answer[:, 1:]).sum() / answer.sum()
+
+    value, unpacked = jax.jit(jax.value_and_grad(loss))(tiny.params())
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
+    assert_close(gradient(state), unpacked, 3e-6)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum((g**2).sum() for g in tiny.leaves(unpacked))), rel=1e-4)
+
+
+@pytest.mark.parametrize("row_tokens, rows", [(20, 1), (20, 3)])
+def test_rows_and_micro_batches_change_nothing(policy, row_tokens, rows):
+    examples = tiny.examples(9, policy=True)
+    state, metrics = first_update(policy, batch_of(examples, 400, 1, "sequence"))
+    other, others = first_update(policy, batch_of(examples, row_tokens, rows, "sequence"))
+    for name, value in metrics.items():
+        assert others[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+    assert_close(gradient(other), gradient(state), 2e-6)
+
+
+def test_logprobs_are_those_of_the_loss(policy):
+    examples = tiny.examples(9, policy=True)
+    batch = batch_of(examples)
+    logp = np.asarray(policy.logprobs(tiny.params(), policy.place(batch)))
+    assert logp.shape == batch["tokens"].shape
+    metrics = first_update(policy, batch)[1]
+    delta = np.abs(logp - batch["logp"])[batch["weight"] > 0]
+    assert metrics["delta_logp"] == pytest.approx(delta.mean(), rel=1e-5)
+    assert metrics["delta_logp_max"] == pytest.approx(delta.max(), rel=1e-5)
+    assert metrics["tokens"] == sum(len(e.response) for e in examples)
+
+
+def test_shapes_are_compiled_once_and_nothing_is_transferred_implicitly(policy):
+    state = policy.init(tiny.params())
+    before = policy.update._cache_size()
+    with jax.transfer_guard("disallow"):
+        for seed in range(6):  # 5 to 13 rows of 20 tokens
+            examples = tiny.examples(9 + 2 * seed, seed, policy=True)
+            state, metrics = policy.update(state, policy.place(batch_of(examples)))
+        metrics = jax.device_get(metrics)
+    assert policy.update._cache_size() - before <= 1, "always 16 micro-batches"
+    assert int(state.step) == 6
+
+
+def test_the_state_is_donated(supervised):
+    state = supervised.init(tiny.params())
+    new, _ = supervised.update(state, supervised.place(batch_of(tiny.examples(9))))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    assert isinstance(new, TrainState)
+
+
+def test_updates_lower_the_loss(supervised):
+    state, batch = supervised.init(tiny.params()), supervised.place(batch_of(tiny.examples(9)))
+    losses = []
+    for _ in range(100):
+        state, metrics = supervised.update(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 2.5 and losses[-1] < 0.5
+
+
+def test_bfloat16_arithmetic_on_float32_weights(supervised):
+    examples = tiny.examples(9)
+    trainer = Trainer(tiny.CONFIG, jnp.bfloat16, tiny.mesh(), PLAIN)
+    state, metrics = first_update(trainer, batch_of(examples))
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    exact, exactly = first_update(supervised, batch_of(examples))
+    assert metrics["loss"] == pytest.approx(exactly["loss"], rel=0.02) and metrics["loss"] != exactly["loss"]
+    a, b = (np.concatenate([g.ravel() for g in tiny.leaves(gradient(s))]) for s in (state, exact))
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+
+
+MESHES = [({}, None), ({"fsdp": 2, "tensor": 2}, Objective(ratio="sequence", kl=0.1))]
+
+
+def three_updates(axes, objective):
+    """Losses and gradient norms of three updates on a mesh, then the size of the weights."""
+    trainer = Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(**axes), PLAIN, objective)
+    batch = batch_of(tiny.examples(21, policy=objective is not None), 20, trainer.rows(1))
+    if objective:  # any numbers near the policy's
+        batch |= {"old": batch["logp"], "reference": batch["logp"] - 0.1}
+    state, batch = trainer.init(tiny.params()), trainer.place(batch)
+    for _ in range(3):
+        state, metrics = trainer.update(state, batch)
+        yield from (float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["entropy"]))
+    yield float(sum(np.abs(x).sum() for x in tiny.leaves(state.params)))
+
+
+def test_one_device_equals_eight():
+    """SFT and GRPO on one device here, and on two meshes of 8 simulated ones in another process."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run(
+        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert out.returncode == 0, out.stderr
+    for line, (_, objective) in zip(out.stdout.splitlines(), MESHES, strict=True):
+        np.testing.assert_allclose([float(x) for x in line.split()], list(three_updates({}, objective)), rtol=2e-4)
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    for axes, objective in MESHES:
+        print(*three_updates(axes, objective))
