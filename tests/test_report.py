@@ -107,7 +107,7 @@ class Outline(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.text, self.rows = [], [], []
+        self.tags, self.text, self.rows, self.in_cell = [], [], [], False
         self.feed(html)
         self.text = "".join(self.text)
         self.ids = [a["id"] for _, a in self.tags if "id" in a]
@@ -116,14 +116,19 @@ class Outline(HTMLParser):
         self.tags.append((tag, dict(attributes)))
         if tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th") and self.rows:
+        if tag in ("td", "th"):
             self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
 
     def handle_data(self, data):
         if self.tags[-1:] and self.tags[-1][0] in ("style", "script"):
             return
         self.text.append(data)
-        if self.rows and self.rows[-1]:
+        if self.in_cell:
             self.rows[-1][-1] += data
 
     def with_tag(self, tag):
@@ -220,10 +225,32 @@ def test_numbers_stand_in_the_tables(results, outline):
     cell = f"{100 * e['value']:.1f}[{100 * e['low']:.1f}, {100 * e['high']:.1f}]"
     rows = [r for r in outline.rows if r[0] == "rl" and len(r) == 8]
     assert cell == rows[1][1].replace("\n  ", "")
-    assert [c.strip() for c in rows[1][4:]] == ["32", "74.2", "80.8", "97.0"]  # n; Table 3, test
-    assert [c.strip() for c in rows[0][5:]] == ["80.9", "82.1", "97.1"]  # Table 3, train
+    assert rows[1][4:] == ["32", "74.2", "80.8", "97.0"]  # n; Table 3, test
+    assert rows[0][5:] == ["80.9", "82.1", "97.1"]  # Table 3, train
     taught = next(r for r in outline.rows if r[0] == "taught" and len(r) == 8)
-    assert [c.strip() for c in taught[5:]] == ["–", "–", "–"]
+    assert taught[5:] == ["–", "–", "–"]
+
+
+def test_models_with_fewer_responses_are_compared_at_a_shared_k(tmp_path):
+    ease = np.linspace(0.05, 0.9, 12)
+    many, few = graded(ease, 16, 0), graded(ease, 8, 1)
+    few.valid[0, 6:] = False
+    comparison = {"base": "many", "other": "few", "problems": "quiz", "claim": None}
+    results = analyse({"quiz": {"many": many, "few": few}}, [comparison], bootstrap=50)
+    rows = Outline(report.write(results, tmp_path).read_text()).rows
+    curve = results["problems"]["quiz"]["models"]["many"]["pass"]
+    (row,) = [r for r in rows if r[0] == "pass@6"]
+    assert row[1].startswith(f"{100 * curve['value'][5]:.1f}") and curve["value"][5] < curve["value"][15]
+    assert [r[4] for r in rows if r[0] in ("many", "few") and len(r) == 5] == ["16", "6–8"]
+
+
+def test_published_numbers_by_the_hubs_name(tmp_path):
+    results = study(("base",), questions=6, problems=("quiz",))
+    beside = [r for r in Outline(report.write(results, tmp_path).read_text()).rows if r[0] == "base" and len(r) == 8]
+    assert beside == []
+    results["settings"]["problems"] = {"quiz": {"hub": "math-500"}}
+    (row,) = [r for r in Outline(report.write(results, tmp_path).read_text()).rows if r[0] == "base" and len(r) == 8]
+    assert row[5:] == ["60.6", "72.0", "97.2"]
 
 
 def test_self_distillation_with_its_gains(results, outline):

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlvd_jax.errors import UserError
 from rlvd_jax.evaluation.analysis import plain
 from rlvd_jax.report import page, text
-from rlvd_jax.report.figures import counts, last_pass
+from rlvd_jax.report.figures import counts, pass_estimate
 
 __all__ = ["summary_table", "write"]
 
@@ -68,7 +68,7 @@ def summary_table(results: dict) -> str:
         width = min(max(map(len, models)), 116 - 3 * columns)
         rows = [["", *(f"{head} {'':<15}" for head in ("accuracy", f"maj@{n}", f"pass@{k}"))]]
         for model, r in models.items():
-            estimates = (r["accuracy"], r["maj"], last_pass(r))
+            estimates = (r["accuracy"], r["maj"], pass_estimate(r))
             rows.append([text.shorten(model, width), *map(_cell, estimates)])
         lines += ["", f"{name}: {problems['questions']:,} questions, % [95% interval]"]
         lines += [(f"  {row[0]:<{width}}" + "".join(f"{c:>{columns}}" for c in row[1:])).rstrip() for row in rows]

@@ -258,7 +258,7 @@ def overview(models: dict, look: dict[str, Look], subtitle: str) -> Figure:
         color = look[m].color
         values = {}
         for (kind, marker, _), shift in zip(kinds, (-0.17, 0, 0.17), strict=True):
-            value, low, high = 100 * _arrays([last_pass(models[m]) if kind == "pass" else models[m][kind]])
+            value, low, high = 100 * _arrays([pass_estimate(models[m]) if kind == "pass" else models[m][kind]])
             if not np.isfinite(value[0]):
                 continue
             values[kind] = value[0]
@@ -292,12 +292,13 @@ def counts(models) -> tuple[str, str]:
     return tuple(f"{values.pop():,}" if len(values) == 1 else "n" for values in shared)
 
 
-def last_pass(model: dict) -> dict | None:
-    """pass@k at the largest k, as an estimate."""
+def pass_estimate(model: dict, k: int | None = None) -> dict | None:
+    """pass@k as an estimate, at the largest k if none is given."""
     curve = model.get("pass") or {}
     if not curve.get("k"):
         return None
-    return {key: curve[key][-1] for key in ("value", "low", "high")}
+    at = -1 if k is None else curve["k"].index(k)
+    return {key: curve[key][at] for key in ("value", "low", "high")}
 
 
 def pass_curves(curves: dict[str, dict], look: dict[str, Look], title: str, subtitle: str) -> Figure:

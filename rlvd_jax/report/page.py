@@ -21,8 +21,8 @@ import yaml
 from markupsafe import Markup
 
 from rlvd_jax.evaluation import difficulty
-from rlvd_jax.report import figures, prose, text
-from rlvd_jax.report.text import DASH, number, percent, value_of
+from rlvd_jax.report import figures, prose
+from rlvd_jax.report.text import DASH, interval, number, percent, value_of, visible
 
 LONGEST = 20_000  # characters of a response that the page shows
 MARKS = {"shown": "✓", "not shown": "✕", "unclear": "?", "correct": "✓", "wrong": "✕", "ungraded": "?"}
@@ -78,6 +78,7 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
     headline = prose.headline(results)
     package = resources.files(__package__)
     script = package.joinpath("page.js").read_text(encoding="utf-8")
+    settings = results.get("settings")
     context = {
         "study": results.get("study") or "Evaluation",
         "facts": _facts(results),
@@ -93,9 +94,7 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
         "distillation": _distillation(results),
         "progress": progress,
         "samples": [_samples(m, responses) for m, responses in samples.items() if responses],
-        "settings": yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True, width=100)
-        if results.get("settings")
-        else "",
+        "settings": yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100) if settings else "",
         "versions": (results.get("versions") or {}).items(),
         "look": look,
     }
@@ -103,7 +102,7 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda v: text.visible(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
+        finalize=lambda v: visible(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
     )
     template = environment.from_string(package.joinpath("page.html").read_text(encoding="utf-8"))
     page = template.render(
@@ -116,7 +115,7 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
         dash=DASH,
         number=number,
         percent=percent,
-        interval=text.interval,
+        interval=interval,
         moved=prose.moved,
         value_of=value_of,
         scaled=lambda e, scale: None if value_of(e) is None else scale * value_of(e),
@@ -305,7 +304,7 @@ def _problems(name: str, p: dict, look, draw: Drawer, results) -> dict:
         "samples": f"{samples:,}" if len({m["samples"] for m in models.values()}) == 1 else f"up to {samples:,}",
         "responses": sum(m["responses"] for m in models.values()),
         "rows": [
-            r | {"model": m, "pass_at_n": figures.last_pass(r), "published": _published(results, name, "models", m)}
+            r | {"model": m, "pass_at_n": figures.pass_estimate(r), "published": _published(results, name, "models", m)}
             for m, r in models.items()
         ],
         "figures": drawn,
@@ -328,7 +327,7 @@ def _comparison(problems: str, pair: str, c: dict, models: dict, look, draw: Dra
     for measure in ("length", "keywords"):
         figure = figures.style_by_correctness(c, models, look, measure, what)
         drawn.append(draw(figure, prose.style_by_correctness(c, models, measure), *stem, measure))
-    both = [models[m] | {"pass": figures.last_pass(models[m])} for m in (base, other)]
+    both = [models[m] | {"pass": figures.pass_estimate(models[m], c["k"])} for m in (base, other)]
     return {
         "id": f"comparison-{slug(*stem)}",
         "base": base,

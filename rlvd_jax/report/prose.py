@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlvd_jax.report.figures import last_pass
+from rlvd_jax.report.figures import pass_estimate
 from rlvd_jax.report.text import interval, number, percent, value_of
 
 VERDICTS = ("shown", "not shown", "unclear")
@@ -93,7 +93,7 @@ def _change(difference) -> str:
 def overview(models: dict) -> str:
     """Whose pass@n is farthest above its accuracy, and whose is nearest."""
     text = "Accuracy (one response), majority vote and pass@n (any of n), with 95% intervals over questions."
-    known = {m: (value_of(last_pass(r)), value_of(r["accuracy"])) for m, r in models.items()}
+    known = {m: (value_of(pass_estimate(r)), value_of(r["accuracy"])) for m, r in models.items()}
     gaps = {m: most - once for m, (most, once) in known.items() if None not in (most, once)}
     if not any(gaps.values()):
         return text
