@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from rlvd_jax.errors import UserError, nearest
+from rlvd_jax.evaluation.published import ROWS
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -91,6 +92,21 @@ class OptimizerConfig(Settings):
     """Largest global norm of the gradient; none: no clipping."""
 
 
+class SFTOptimizerConfig(OptimizerConfig):
+    """The same with the defaults of Table 7."""
+
+    warmup_steps: NonNegative = 25
+    b2: Fraction = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+
+
+class EvaluationSampling(SamplingOverride):
+    """How the evaluations during training are sampled (appendix A.10.4)."""
+
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.9
+
+
 class GRPOConfig(Settings):
     """Reinforcement learning with verifiable rewards (section 4, appendix A.10, Table 6)."""
 
@@ -129,7 +145,7 @@ class GRPOConfig(Settings):
     evaluate_on: str | None = None
     """The problems evaluated on; none: no evaluation."""
     evaluate_samples: Positive = 10
-    evaluate_sampling: SamplingOverride = SamplingOverride(temperature=0.8, top_p=0.9)
+    evaluate_sampling: EvaluationSampling = EvaluationSampling()
     keep: Literal["best", "last"] = "best"
     """best: the result is the evaluated step of highest accuracy (the earliest of equals)."""
     checkpoint_every: Positive = 25
@@ -160,7 +176,7 @@ class SFTConfig(Settings):
     """Responses in an optimiser step."""
     max_length: Positive = 32768
     """Tokens of one packed training row; longer examples are left out and counted."""
-    optimizer: OptimizerConfig = OptimizerConfig(warmup_steps=25, b2=0.95, weight_decay=1e-4)
+    optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     checkpoint_every: Positive = 500
     """Steps between checkpoints that a stopped run goes on from."""
     micro_rows: Positive = 1
@@ -181,6 +197,8 @@ class ModelConfig(Settings):
     for a given model."""
     sampling: SamplingOverride = SamplingOverride()
     """Changes to the study's sampling settings for this model's responses and for those of models trained from it."""
+    context: Positive | None = None
+    """Longest prompt and response together; none: the parent's, for a given model its max_position_embeddings."""
     paper: str | None = None
     """The paper's row that this model repeats, `Qwen2.5-3B/base`: its published figures are printed beside."""
 
@@ -190,6 +208,8 @@ class ModelConfig(Settings):
             raise ValueError("give exactly one of from, grpo and sft")
         if self.template is not None and "{" in self.template and "{question}" not in self.template:
             raise ValueError("a template of your own needs {question} in it")
+        if self.paper is not None and self.paper not in ROWS:
+            raise ValueError(f"the paper has no figures for '{self.paper}'{nearest(self.paper, ROWS)}")
         return self
 
     @property
@@ -332,6 +352,11 @@ class StudyConfig(Settings):
         if model.template is not None:
             return model.template
         return self.template(model.parent) if model.parent else "question"
+
+    def context(self, name: str) -> int | None:
+        """The context length of a model where a config sets one: its own, else its parent's."""
+        model = self.models[name]
+        return model.context or (self.context(model.parent) if model.parent else None)
 
     def model_sampling(self, name: str, override: SamplingOverride | None = None) -> SamplingConfig:
         """The sampling settings of a model's responses: the study's, then what its ancestors by training change, then

@@ -199,7 +199,9 @@ def shown(study: Study, graded: dict[str, dict[str, Graded]]) -> dict[str, list[
         bin_of = {reference.questions[i]: names[bins[i]] for i in chosen}
         by_id = {p.id: p for p in study.problems(problems)}
         first = {
-            r.problem_id: r for r in study.responses(name, problems).responses() if r.sample == 0 and r.problem_id in bin_of
+            r.problem_id: r
+            for r in study.responses(name, problems).responses()
+            if r.sample == 0 and r.problem_id in bin_of
         }
         out[name] = [
             {

@@ -66,7 +66,9 @@ def only_one(root: Path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{root}: another process runs this study; wait for it or give the study another name") from None
+            raise UserError(
+                f"{root}: another process runs this study; wait for it or give the study another name"
+            ) from None
         yield
 
 
@@ -76,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", default="demo", help="a YAML file or a config's name (default: demo)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change: sampling.samples=64")
-    parser.add_argument("--plan", action="store_true", help="print the steps, what is done and what each costs; do nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the steps, what is done and what each costs; do nothing"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     if "=" in args.config:

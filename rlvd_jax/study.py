@@ -156,12 +156,17 @@ class Study:
     def _model_settings(self, model: str) -> dict:
         c, recipe = self.config, self.config.models[model]
         if recipe.from_ is not None:
-            return {"checkpoint": self._given_identity(recipe.from_), "template": self.template(model)}
+            return {
+                "checkpoint": self._given_identity(recipe.from_),
+                "template": self.template(model),
+                "context": c.context(model),
+            }
         common = {
             "seed": c.seed,
             "dtype": c.dtype,
             "save_dtype": c.save_dtype,
             "template": self.template(model),
+            "context": c.context(model),
             "parent": self.identity(recipe.parent),
         }
         if grpo := recipe.grpo:
@@ -179,8 +184,7 @@ class Study:
         return common | {
             "sft": how | {"samples": sft.samples or c.sampling.samples},
             "teacher": self.set_settings(sft.teacher, sft.problems),
-            "filter": sft.only_solved_by
-            and [self.set_settings(sft.only_solved_by, sft.problems), c.sampling.samples],
+            "filter": sft.only_solved_by and [self.set_settings(sft.only_solved_by, sft.problems), c.sampling.samples],
         }
 
     @staticmethod

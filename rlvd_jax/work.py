@@ -83,28 +83,33 @@ class Work:
 
     # ---- models ------------------------------------------------------------------------------------
 
-    def load(self, name: str, param_dtype=None) -> Loaded:
-        """Model `name` with its tokenizer; the one loaded last for sampling is kept."""
-        for_sampling = param_dtype is None
-        if for_sampling and self._loaded and self._loaded.name == name:
+    def load(self, name: str, trains: str | None = None) -> Loaded:
+        """Model `name` with its tokenizer, ready to sample; the one loaded last is kept.
+
+        trains: the model that is to be trained from it: then its weights are float32, and the template and context are
+        those of the model to be.
+        """
+        if not trains and self._loaded and self._loaded.name == name:
             return self._loaded
         self._loaded = None
         directory = self.study.checkpoint(name)
         words = tokenizer.load(directory)
-        template = self.study.template(name)
+        template = self.study.template(trains or name)
         with tqdm(desc=f"load {name}", unit="weight", leave=False, disable=not self.progress) as bar:
 
             def progress(done, total):
                 bar.total = total
                 bar.update(done - bar.n)
 
+            param_dtype = jnp.float32 if trains else self.dtype
             model = weights.load(
-                directory, param_dtype=param_dtype or self.dtype, dtype=self.dtype, mesh=self.mesh, progress=progress
+                directory, param_dtype=param_dtype, dtype=self.dtype, mesh=self.mesh, progress=progress
             )
-        loaded = Loaded(
-            name, model, words, directory, template, prompts.stop_token_ids(words, directory, template)
-        )
-        if for_sampling:
+        if context := self.config.context(trains or name):
+            model.config = dataclasses.replace(model.config, max_position_embeddings=context)
+        end_tokens = prompts.stop_token_ids(words, directory, template)
+        loaded = Loaded(name, model, words, directory, template, end_tokens)
+        if not trains:
             self._loaded = loaded
         return loaded
 
@@ -157,9 +162,7 @@ class Work:
 
     def grpo(self, name: str) -> None:
         config, recipe = self.config, self.config.models[name].grpo
-        loaded = self.load(recipe.start, param_dtype=jnp.float32)
-        loaded.template = self.study.template(name)
-        loaded.end_tokens = prompts.stop_token_ids(loaded.tokenizer, loaded.directory, loaded.template)
+        loaded = self.load(recipe.start, trains=name)
 
         def questions(problems):
             return grpo.Questions(problems, self.prompts(loaded, problems))
@@ -193,9 +196,7 @@ class Work:
 
     def sft(self, name: str) -> None:
         recipe = self.config.models[name].sft
-        loaded = self.load(recipe.student, param_dtype=jnp.float32)
-        loaded.template = self.study.template(name)
-        loaded.end_tokens = prompts.stop_token_ids(loaded.tokenizer, loaded.directory, loaded.template)
+        loaded = self.load(recipe.student, trains=name)
         chosen, counts = choose(self.study, name)
         problems = self.study.problems(recipe.problems)
         of_id = {p.id: prompt for p, prompt in zip(problems, self.prompts(loaded, problems), strict=True)}

@@ -238,5 +238,5 @@ def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dt
         for name in COMPANIONS:
             if (source / name).exists():
                 shutil.copyfile(source / name, directory / name)
-    data["torch_dtype"] = dtype.name
+    data |= {"max_position_embeddings": config.max_position_embeddings, "torch_dtype": dtype.name}
     (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
