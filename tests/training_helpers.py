@@ -140,7 +140,7 @@ def sft_config(**changes) -> SFTConfig:
         epochs=2,
         batch=4,
         max_length=32,
-        optimizer=OPTIMIZER,
+        optimizer=OPTIMIZER.model_dump(),
         checkpoint_every=3,
     )
     return SFTConfig(**settings | changes)
