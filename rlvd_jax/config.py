@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlvd_jax.errors import UserError, nearest
 from rlvd_jax.evaluation.published import ROWS
+from rlvd_jax.prompts import render
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -25,7 +26,28 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Settings(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def no_bool_for_a_number(cls, value, info):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"neither true nor false can stand here, it is {str(value).lower()}")
+        return value
+
+    def written(self) -> dict:
+        """The settings as plain data that reads back as the same; what is none by default and still is is left out."""
+
+        def plain(value):
+            if isinstance(value, Settings):
+                return value.written()
+            if isinstance(value, dict):
+                return {key: plain(v) for key, v in value.items()}
+            return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+        fields = type(self).model_fields.items()
+        found = {f.alias or name: (plain(getattr(self, name)), f.default) for name, f in fields}
+        return {name: value for name, (value, default) in found.items() if value is not None or default is not None}
 
 
 class ProblemsConfig(Settings):
@@ -39,11 +61,11 @@ class ProblemsConfig(Settings):
     """The generated problems of the demo."""
     split: str | None = None
     """Hub only: the split, where the set is not one of the known ones."""
-    levels: tuple[int, ...] | None = None
+    levels: tuple[Annotated[int, Field(strict=True)], ...] | None = None
     """Keep these difficulty levels only."""
     limit: Positive | None = None
     """Keep this many problems, drawn evenly over the file with `seed`, in the file's order."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Which `limit` problems are kept."""
 
     @model_validator(mode="after")
@@ -206,8 +228,11 @@ class ModelConfig(Settings):
     def one_recipe(self):
         if sum(x is not None for x in (self.from_, self.grpo, self.sft)) != 1:
             raise ValueError("give exactly one of from, grpo and sft")
-        if self.template is not None and "{" in self.template and "{question}" not in self.template:
-            raise ValueError("a template of your own needs {question} in it")
+        if self.template is not None:
+            try:
+                render(self.template, "")
+            except UserError as error:
+                raise ValueError(f"template: {error}") from None
         if self.paper is not None and self.paper not in ROWS:
             raise ValueError(f"the paper has no figures for '{self.paper}'{nearest(self.paper, ROWS)}")
         return self
@@ -248,7 +273,7 @@ class GraderConfig(Settings):
 class MeshConfig(Settings):
     """How devices are laid out; -1 takes the devices that the other axes leave."""
 
-    data: int = -1
+    data: Annotated[int, Field(ge=-1)] = -1
     fsdp: Positive = 1
     tensor: Positive = 1
 
@@ -260,7 +285,7 @@ class StudyConfig(Settings):
     """Its name, and the folder of its results under `output`."""
     output: str = "runs"
     """Where studies are kept."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Every random draw follows from it."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of a finished training; each holds the optimiser's state too."""
@@ -320,12 +345,23 @@ class StudyConfig(Settings):
             check(c.other, self.models, f"comparisons.{i}.other")
             for p in c.problems:
                 check(p, self.problems, f"comparisons.{i}.problems")
-        for name in self.models:
-            seen = [name]
-            for ancestor in self.ancestors(name):
-                if ancestor == name:
-                    raise ValueError(f"models.{name}: the recipe goes round in a circle through {' → '.join(seen)}")
-                seen.append(ancestor)
+        sound = set()
+
+        def visit(name, path):
+            if name in path:
+                circle = " → ".join([*path[path.index(name) :], name])
+                raise ValueError(f"models.{name}: the recipe goes round in a circle: {circle}")
+            if name not in sound:
+                for other in self.needs(name):
+                    visit(other, [*path, name])
+                sound.add(name)
+
+        for name, model in self.models.items():
+            visit(name, [])
+            if model.grpo and self.model_sampling(name, model.grpo.sampling).temperature == 0:
+                raise ValueError(
+                    f"models.{name}.grpo.sampling.temperature: at 0 all responses of a group are alike; set it above"
+                )
         return self
 
     def needs(self, name: str) -> list[str]:
@@ -337,7 +373,7 @@ class StudyConfig(Settings):
         return list(dict.fromkeys(u for u in uses if u))
 
     def ancestors(self, name: str) -> list[str]:
-        """Every model that `name` depends on, directly or not; holds `name` itself if there is a circle."""
+        """Every model that `name` depends on, directly or not."""
         found, todo = [], self.needs(name)
         while todo:
             model = todo.pop(0)
@@ -387,21 +423,34 @@ def _known_fields(path, root) -> list[str]:
 
 
 def _sentence(source: str, error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    where = [p for p in first["loc"]]
-    key = ".".join(str(p) for p in where)
-    if first["type"] == "extra_forbidden":
-        # Names of models, problem sets and list positions are not settings: leave them out of the look-up.
+    """What is wrong first; an unknown key before all else, since it is often the missing one misspelt."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    kind, where, given = first["type"], list(first["loc"]), first.get("input")
+    if kind == "extra_forbidden":
+        # Names of models and problem sets and list positions are not settings: leave them out of the look-up.
         path = [
             p
             for i, p in enumerate(where[:-1])
-            if isinstance(p, str) and not (i and where[i - 1] in ("models", "problems") and i == 1)
+            if isinstance(p, str) and not (i == 1 and where[0] in ("models", "problems"))
         ]
-        return f"{source}: '{key}' is not a setting{nearest(str(where[-1]), _known_fields(path, StudyConfig))}"
-    message = re.sub(r"^(Value error|Assertion failed), ", "", first["msg"])
-    given = first.get("input")
-    shown = "" if first["type"] in ("missing", "value_error") else f", not {given!r:.60}"
-    return f"{source}: {key + ': ' if key else ''}{message[0].lower() + message[1:]}{shown}"
+        known = _known_fields(path, StudyConfig)
+        return f"{source}: '{'.'.join(map(str, where))}' is not a setting{nearest(str(where[-1]), known)}"
+    if where[-1:] == ["[key]"]:  # a name as a key
+        where, kind = where[:-2], "string_pattern_mismatch"
+    key = ".".join(map(str, where))
+    if kind == "string_pattern_mismatch":
+        said = f"{given!r:.60} cannot be a name: letters, digits, dots, hyphens and underscores can"
+    elif kind == "literal_error":
+        choices = re.findall(r"'(.*?)'", first["ctx"]["expected"])
+        said = f"{given!r:.60} is not a choice{nearest(str(given), choices)}"
+    elif kind == "missing":
+        said = "is missing"
+    elif kind in ("tuple_type", "dict_type", "model_type"):
+        said = f"should be a {'list' if kind == 'tuple_type' else 'mapping'}, not {given!r:.60}"
+    else:
+        message = re.sub(r"^(Value error|Assertion failed), ", "", first["msg"])
+        said = message[0].lower() + message[1:] + ("" if kind == "value_error" else f", not {given!r:.60}")
+    return f"{source}: {key}{': ' if key else ''}{said}"
 
 
 def parse(data: dict, source: str) -> StudyConfig:
@@ -412,35 +461,65 @@ def parse(data: dict, source: str) -> StudyConfig:
         raise UserError(_sentence(source, error)) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as PyYAML reads it, but a key that is given twice is an error, not its last value, and 1e-6 is a number."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        first = {}
+        for key, _ in node.value:
+            there = first.setdefault((key.tag, key.value), key) if isinstance(key, yaml.ScalarNode) else key
+            if there is not key:
+                said = f"'{key.value}' is given twice, first in line {there.start_mark.line + 1}"
+                raise yaml.MarkedYAMLError(problem=said, problem_mark=key.start_mark)
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str):
+    """Plain data, no two parts of which are one object: anchors copy, so a change of one part stays there."""
+
+    def copy(value):
+        if isinstance(value, dict):
+            return {key: copy(v) for key, v in value.items()}
+        return [copy(v) for v in value] if isinstance(value, list) else value
+
+    try:
+        return copy(yaml.load(text, _Loader))
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or holds itself") from None
+
+
 def override(data: dict, assignment: str) -> None:
     """Apply one `a.b.c=value` (the value is YAML) to nested plain data, in place."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise UserError(f"'{assignment}' is not an override: write key=value, for example sampling.samples=16")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"'{assignment}': the value is not YAML") from None
-    at = data
-    *parents, last = key.split(".")
-    for part in parents:
+    at, parts = data, key.split(".")
+    while True:
         if isinstance(at, list):
-            at = _item(at, part, assignment)
-        else:
-            if not isinstance(at.get(part), (dict, list)):
-                at[part] = {}
-            at = at[part]
-    if isinstance(at, list):
-        _item(at, last, assignment)
-        at[int(last)] = value
-    else:
-        at[last] = value
-
-
-def _item(items: list, part: str, assignment: str):
-    if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"'{assignment}': '{part}' is not a position in a list of {len(items)}")
-    return items[int(part)]
+            part, parts = parts[0], parts[1:]
+            if not re.fullmatch("[0-9]+", part) or int(part) >= len(at):
+                raise UserError(f"'{assignment}': '{part}' is not a position in a list of {len(at)}, counted from 0")
+            part = int(part)
+        else:  # names may have dots in them: as many parts as make a key that is there, else one
+            take = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in at), 1)
+            part, parts = ".".join(parts[:take]), parts[take:]
+        if not parts:
+            at[part] = value
+            return
+        inner = at[part] if isinstance(at, list) else at.get(part)
+        if not isinstance(inner, (dict, list)):
+            inner = at[part] = {}
+        at = inner
 
 
 def load(path: str | Path, overrides=()) -> StudyConfig:
@@ -450,17 +529,19 @@ def load(path: str | Path, overrides=()) -> StudyConfig:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a study config is a mapping of settings, this is {type(data).__name__}")
+        what = "empty" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{path}: a study config is a mapping of settings, this is {what}")
     for assignment in overrides:
         override(data, assignment)
     return parse(data, str(path))
