@@ -26,7 +26,7 @@ class Board:
         # Readers take files in order of their names, so a later file's name must sort after every earlier one's.
         earlier = [int(p.name.split(".")[3]) for p in Path(directory).glob("events.out.tfevents.*.rlvd")]
         now = max(int(time.time()), max(earlier, default=0) + 1)
-        self._file = open(Path(directory) / f"events.out.tfevents.{now:010d}.rlvd", "xb")
+        self._file = (Path(directory) / f"events.out.tfevents.{now:010d}.rlvd").open("xb")
         self._records = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)

@@ -1,7 +1,9 @@
+import itertools
 import json
 
 import numpy as np
 import pytest
+
 from rlvd_jax.errors import UserError
 from rlvd_jax.training.batches import Example, arrange, first_fit_decreasing, pack, supervised, token_weights
 from rlvd_jax.training.rewards import advantages, all_equal, rewards
@@ -123,7 +125,7 @@ def answers(batch):
 
 
 def data(**changes):
-    settings = dict(batch=4, epochs=3, seed=5, row_tokens=64, rows=1)
+    settings = {"batch": 4, "epochs": 3, "seed": 5, "row_tokens": 64, "rows": 1}
     return supervised(numbered(10), **settings | changes)
 
 
@@ -131,7 +133,7 @@ def test_every_epoch_has_every_example_once_and_an_order_of_its_own():
     batches = [answers(b) for b in data()]
     assert [len(b) for b in batches] == [4, 4, 2] * 3, "the last batch of an epoch is smaller, and kept"
     epochs = [batches[i : i + 3] for i in (0, 3, 6)]
-    assert all(sorted(sum(e, [])) == list(range(10)) for e in epochs)
+    assert all(sorted(itertools.chain(*e)) == list(range(10)) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 

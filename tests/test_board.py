@@ -2,10 +2,11 @@ import io
 import sys
 
 import pytest
-from rlvd_jax.board import Board
-from rlvd_jax.errors import UserError
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlvd_jax.board import Board
+from rlvd_jax.errors import UserError
 
 
 def read(directory):
@@ -86,7 +87,7 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path):
     board._file.close()
     board._file = Full()
     board._records._writer = board._file
-    with pytest.raises(UserError, match="^events: cannot be written: No space left on device$"):
+    with pytest.raises(UserError, match=r"^events: cannot be written: No space left on device$"):
         board.scalars(0, {"train/loss": 1.0})
 
 

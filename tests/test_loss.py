@@ -1,10 +1,11 @@
 """The loss and its gradient against a NumPy computation that shares nothing with it: responses in padded rows, each by
-itself, in float64, differentiated numerically. The model is a bigram: the hidden state is a row of E by the last token."""
+itself, in float64, differentiated numerically. The model is a bigram: the hidden state is the last token's row of E."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from rlvd_jax.training.batches import Example, pack, token_weights
 from rlvd_jax.training.loss import Objective, loss, segment_mean, token_logprobs
 from rlvd_jax.training.rewards import advantages

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import training_helpers as tiny
 from flax import nnx
+
 from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.training.batches import pack, token_weights
 from rlvd_jax.training.loss import Objective
@@ -61,7 +62,10 @@ def test_matrices_decay_and_biases_and_norms_do_not():
         "/".join(str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)): value
         for path, value in jax.tree_util.tree_leaves_with_path(decayed(tiny.params()))
     }
-    assert {n for n, v in names.items() if v} == {"embedding", *(f"layers/{w}" for w in "q k v o gate up down".split())}
+    assert {n for n, v in names.items() if v} == {
+        "embedding",
+        *(f"layers/{w}" for w in ("q", "k", "v", "o", "gate", "up", "down")),
+    }
     assert {n for n, v in names.items() if not v} == {
         "final_norm",
         *(f"layers/{w}" for w in ("input_norm", "post_norm", "q_bias", "k_bias", "v_bias")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -18,8 +18,10 @@ from rlvd_jax.config import GRPOConfig, MeshConfig, OptimizerConfig, SamplingCon
 from rlvd_jax.problems import Problem
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh
+from rlvd_jax.sampling import Sampler
 from rlvd_jax.training import grpo, sft
 from rlvd_jax.training.batches import Example
+from rlvd_jax.training.step import Trainer
 
 CONFIG = Qwen2Config(
     vocab_size=24,
@@ -33,7 +35,7 @@ CONFIG = Qwen2Config(
     max_position_embeddings=64,
 )
 END = 1
-OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=2, clip_norm=1.0, weight_decay=0.01)
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=2, clip_norm=1.0, weight_decay=0.0)
 
 
 def params(seed: int = 0) -> nnx.State:
@@ -70,12 +72,11 @@ class Grader:
     """A response is correct if it names the gold token; `at` is called with the number of the submission."""
 
     def __init__(self, at=lambda number: None):
-        self.at, self.submissions, self.pairs = at, 0, []
+        self.at, self.submissions = at, 0
 
     def submit(self, pairs):
         self.submissions += 1
         self.at(self.submissions)
-        self.pairs += pairs
         future = Future()
         future.set_result([SimpleNamespace(correct=gold in text.split()) for gold, text in pairs])
         return future
@@ -91,97 +92,97 @@ def questions(number: int = 5) -> grpo.Questions:
 
 
 def sampler(**settings):
-    from rlvd_jax.sampling import Sampler
-
     settings = {"max_tokens": 8, "temperature": 1.0, "top_k": 0} | settings
     return Sampler(CONFIG, SamplingConfig(**settings), (END,))
 
 
 def grpo_config(**changes) -> GRPOConfig:
-    settings = dict(
-        start="m",
-        problems="p",
-        steps=5,
-        questions=3,
-        samples=4,
-        optimizer=OPTIMIZER,
-        evaluate_every=2,
-        evaluate_samples=2,
-        checkpoint_every=2,
-        row_tokens=32,
-    )
+    settings = {
+        "start": "m",
+        "problems": "p",
+        "steps": 5,
+        "questions": 3,
+        "samples": 4,
+        "optimizer": OPTIMIZER,
+        "evaluate_every": 2,
+        "evaluate_samples": 2,
+        "checkpoint_every": 2,
+        "row_tokens": 32,
+    }
     return GRPOConfig(**settings | changes)
 
 
 def run_grpo(directory, *, config=None, grader=None, samplers=None, evaluate=True, **changes):
     practice, testing = samplers or (sampler(), sampler(temperature=0.7))
-    arguments = dict(
-        model=CONFIG,
-        dtype=jnp.float32,
-        params=params(),
-        mesh=mesh(),
-        questions=questions(),
-        sampler=practice,
-        grader=grader or Grader(),
-        decode=decode,
-        evaluation=grpo.Evaluation(questions(3), testing, 2) if evaluate else None,
-        directory=directory,
-        seed=7,
-        progress=False,
-    )
+    arguments = {
+        "model": Qwen2(CONFIG),
+        "params": params(),
+        "mesh": mesh(),
+        "questions": questions(),
+        "sampler": practice,
+        "grader": grader or Grader(),
+        "decode": decode,
+        "evaluation": grpo.Evaluation(questions(3), testing, 2) if evaluate else None,
+        "directory": directory,
+        "seed": 7,
+        "progress": False,
+    }
     return grpo.train(config or grpo_config(), **arguments | changes)
 
 
 def sft_config(**changes) -> SFTConfig:
-    settings = dict(
-        student="m",
-        teacher="t",
-        problems="p",
-        epochs=2,
-        batch=4,
-        max_length=32,
-        optimizer=OPTIMIZER.model_dump(),
-        checkpoint_every=3,
-    )
+    settings = {
+        "student": "m",
+        "teacher": "t",
+        "problems": "p",
+        "epochs": 2,
+        "batch": 4,
+        "max_length": 32,
+        "optimizer": OPTIMIZER.model_dump(),
+        "checkpoint_every": 3,
+    }
     return SFTConfig(**settings | changes)
 
 
 def run_sft(directory, *, config=None, **changes):
-    arguments = dict(
-        model=CONFIG,
-        dtype=jnp.float32,
-        params=params(),
-        mesh=mesh(),
-        examples=examples(18),
-        directory=directory,
-        seed=7,
-        progress=False,
-    )
+    arguments = {
+        "model": Qwen2(CONFIG),
+        "params": params(),
+        "mesh": mesh(),
+        "examples": examples(18),
+        "directory": directory,
+        "seed": 7,
+        "progress": False,
+    }
     return sft.train(config or sft_config(), **arguments | changes)
 
 
-def main(what: str, directory: str, number: str, signal_name: str) -> None:
-    """Train in `directory` and send oneself a signal at the `number`-th submission (grpo) or update (sft)."""
+def at(number: int, name: str):
+    """Called with n = 1, 2, …: sends this process the named signal at the `number`-th."""
 
-    def at(n):
-        if n == int(number):
-            os.kill(os.getpid(), getattr(signal, signal_name))
+    def send(n):
+        if n == number:
+            os.kill(os.getpid(), getattr(signal, name))
 
+    return send
+
+
+def count_batches(call, patch=setattr):
+    """Have `call` called with the number of each batch that is put on the devices."""
+    place, numbers = Trainer.place, itertools.count(1)
+
+    def counted(self, batch):
+        call(next(numbers))
+        return place(self, batch)
+
+    patch(Trainer, "place", counted)
+
+
+if __name__ == "__main__":  # what directory number: train there, and be killed at that submission or batch
+    what, directory, number = sys.argv[1:]
+    killer = at(int(number), "SIGKILL")
     if what == "grpo":
-        run_grpo(Path(directory), grader=Grader(at))
+        run_grpo(Path(directory), grader=Grader(killer))
     else:
-        from rlvd_jax.training.step import Trainer
-
-        place, calls = Trainer.place, iter(range(1, 1000))
-
-        def counted(self, batch):
-            at(next(calls))
-            return place(self, batch)
-
-        Trainer.place = counted
+        count_batches(killer)
         run_sft(Path(directory))
-
-
-if __name__ == "__main__":
-    assert jnp.ones(()).devices().pop().platform == "cpu"
-    main(*sys.argv[1:])

@@ -79,14 +79,17 @@ class Checkpoints:
         with self._disk_errors():
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The newest checkpoint's state, in the shapes, dtypes and shardings of `like` (abstract), and its meta.
 
-        None where there is none. Raises UserError if it was made with other settings.
+        Raises UserError if it was made with other settings.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        step = self.latest
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         self._check(meta.pop("settings"))
         items = ocp.args.Composite(

@@ -33,14 +33,14 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.grading import Grader
 from rlvd_jax.problems import Problem
 from rlvd_jax.prompts import question_key
-from rlvd_jax.qwen2 import Qwen2Config
+from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.sampling import Completion, Request, Sampler
 from rlvd_jax.training.batches import Example, pack, token_weights
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.rewards import advantages, rewards
-from rlvd_jax.training.step import Trainer, TrainState, get_trainer
+from rlvd_jax.training.step import Trainer, TrainState, discard, get_trainer
 
 ROUNDS = 10  # of dynamic sampling in a step; then it trains on the groups that there are
 
@@ -250,8 +250,7 @@ def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: 
 def train(
     config: GRPOConfig,
     *,
-    model: Qwen2Config,
-    dtype,
+    model: Qwen2,
     params: nnx.State,
     mesh: Mesh,
     questions: Questions,
@@ -265,7 +264,7 @@ def train(
 ) -> tuple[nnx.State, dict]:
     """Train a model by GRPO, or go on with it; → (weights of the step that is kept, what happened).
 
-    model, dtype: the architecture, and the dtype of the arithmetic. params: the weights to start from, which training
+    model: whose architecture and dtype are used; it may be abstract. params: the weights to start from, which training
     takes over: don't use them again.
     sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
     and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard.
@@ -278,7 +277,7 @@ def train(
     if settings.temperature == 0:
         raise UserError("grpo.sampling.temperature is 0: all responses of a group would be the same, set it above 0")
     longest = max(len(p) for p in questions.prompts) + settings.max_tokens
-    longest = min(longest, model.max_position_embeddings)
+    longest = min(longest, model.config.max_position_embeddings)
     row_tokens = config.row_tokens or -(-longest // 128) * 128
     if row_tokens < longest:
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
@@ -287,35 +286,38 @@ def train(
         "sampling": settings.model_dump(mode="json", exclude={"samples", "slots"}),
         "questions": questions.digest(),
         "evaluation questions": evaluation.questions.digest() if evaluation else None,
-        "model": model.to_dict() | {"dtype": jnp.dtype(dtype).name},
+        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
 
     objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl)
-    trainer = get_trainer(model, dtype, mesh, config.optimizer, objective, settings.temperature)
-    reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params) if config.kl else None
+    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, objective, settings.temperature)
+    reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
         rollouts = Rollouts(grader, decode, interruption)
-        restored = checkpoints.restore(trainer.abstract_state)
-        start = {"step": 0, "position": 0, "evaluations": [], "best": None}
-        state, done = restored or (trainer.init(params), start)
-        del params, restored
-        first_step = done["step"] + 1 if done is not start else 0
+        if checkpoints.latest is None:
+            state, done = trainer.init(params), {"step": 0, "position": 0, "evaluations": [], "best": None}
+            first_step = 0
+        else:
+            discard(params)
+            state, done = checkpoints.restore(trainer.abstract_state)
+            first_step = done["step"] + 1
         bar = tqdm(total=config.steps, initial=done["step"], desc="GRPO", unit="step", disable=not progress)
         with Board(directory / "events", first_step) as board, bar:
             shown = {}
             try:
                 while True:
                     step, ended = done["step"], done["step"] >= config.steps
-                    if evaluation and config.evaluate_every and (step % config.evaluate_every == 0 or ended):
-                        if step not in [e["step"] for e in done["evaluations"]]:
-                            result = evaluate(evaluation, rollouts, state.params, step, seed)
-                            evaluations = [*done["evaluations"], result]
-                            best = max(evaluations, key=lambda e: sum(e["correct"]))["step"]
-                            done = done | {"evaluations": evaluations, "best": best}
-                            board.scalars(step, {f"eval/{k}": result[k] for k in ("accuracy", "length", "truncated")})
-                            shown["accuracy"] = f"{result['accuracy']:.3f}"
+                    every = config.evaluate_every if evaluation else None
+                    evaluated = step in [e["step"] for e in done["evaluations"]]
+                    if every and (step % every == 0 or ended) and not evaluated:
+                        result = evaluate(evaluation, rollouts, state.params, step, seed)
+                        evaluations = [*done["evaluations"], result]
+                        best = max(evaluations, key=lambda e: sum(e["correct"]))["step"]  # the earliest of equals
+                        done = done | {"evaluations": evaluations, "best": best}
+                        board.scalars(step, {f"eval/{k}": result[k] for k in ("accuracy", "length", "truncated")})
+                        shown["accuracy"] = f"{result['accuracy']:.3f}"
                     is_best = config.keep == "best" and done["best"] == step
                     if ended or is_best or (step and step % config.checkpoint_every == 0):
                         checkpoints.save(state, done, done["best"])

@@ -52,7 +52,7 @@ def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: i
     index 0. No gradient flows through the entropy. Logits are made in chunks of at most `logits` elements a
     device and made again in the backward pass, so [rows, T, V] never exists.
     """
-    rows, time, width = hidden.shape
+    rows, time = tokens.shape
     positions = time - 1  # the last hidden state predicts nothing here
     chunks = min(positions, max(1, -(-rows * positions * table.shape[0] // (shards * logits))))
     size = -(-positions // chunks)

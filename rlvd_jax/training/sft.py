@@ -17,11 +17,11 @@ from tqdm import tqdm
 from rlvd_jax.board import Board
 from rlvd_jax.config import SFTConfig
 from rlvd_jax.errors import UserError
-from rlvd_jax.qwen2 import Qwen2Config
+from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.training.batches import Example, supervised
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
-from rlvd_jax.training.step import get_trainer
+from rlvd_jax.training.step import discard, get_trainer
 
 LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
 
@@ -50,8 +50,7 @@ def make_examples(
 def train(
     config: SFTConfig,
     *,
-    model: Qwen2Config,
-    dtype,
+    model: Qwen2,
     params: nnx.State,
     mesh: Mesh,
     examples: Sequence[Example],
@@ -61,7 +60,7 @@ def train(
 ) -> tuple[nnx.State, dict]:
     """Train a model on examples, or go on with it; → (weights, what happened).
 
-    model, dtype, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
+    model, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
     optimiser steps made, and "data", the position in the examples.
     """
     if not examples:
@@ -69,10 +68,10 @@ def train(
     identity = {  # what may change when a run goes on is left out
         "sft": config.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows"}),
         "examples": digest(examples),
-        "model": model.to_dict() | {"dtype": jnp.dtype(dtype).name},
+        "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
-    trainer = get_trainer(model, dtype, mesh, config.optimizer)
+    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer)
     batches = iter(
         supervised(
             examples,
@@ -87,10 +86,12 @@ def train(
     steps = config.epochs * epoch
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
-        restored = checkpoints.restore(trainer.abstract_state)
-        state, done = restored or (trainer.init(params), {"step": 0, "data": batches.get_state()})
-        del params, restored
-        batches.set_state(done["data"])
+        if checkpoints.latest is None:
+            state, done = trainer.init(params), {"step": 0, "data": batches.get_state()}
+        else:
+            discard(params)
+            state, done = checkpoints.restore(trainer.abstract_state)
+            batches.set_state(done["data"])
         bar = tqdm(total=steps, initial=done["step"], desc="SFT", unit="step", disable=not progress)
         with Board(directory / "events", done["step"] + 1) as board, bar:
             window, start = [], time.perf_counter()

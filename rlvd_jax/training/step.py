@@ -29,6 +29,12 @@ class TrainState:
     step: jax.Array  # int32 [], updates done
 
 
+def discard(params: nnx.State) -> None:
+    """Free the arrays, whoever still refers to them."""
+    for x in jax.tree.leaves(params):
+        x.delete()
+
+
 class Trainer:
     """The compiled functions of one training recipe; `get_trainer` finds the one made before, or makes one.
 
@@ -64,7 +70,9 @@ class Trainer:
 
     def init(self, params: nnx.State) -> TrainState:
         """The state that training starts from. It takes the arrays of `params` over: don't use them again."""
-        return self._jit_init(jax.device_put(params, self.shardings.params))
+        state = self._jit_init(jax.device_put(params, self.shardings.params))
+        discard(params)
+        return state
 
     def rows(self, micro_rows: int) -> int:
         """Rows of a micro-batch over all devices, where each takes `micro_rows`."""

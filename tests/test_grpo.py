@@ -1,0 +1,289 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import training_helpers as tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlvd_jax.errors import UserError
+from rlvd_jax.problems import Problem
+from rlvd_jax.sampling import Completion
+from rlvd_jax.training import grpo
+from rlvd_jax.training.interruption import Interruption
+
+
+@pytest.fixture(scope="module")
+def samplers():
+    """One of each kind for all tests: they are compiled once."""
+    return tiny.sampler(), tiny.sampler(temperature=0.7)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, samplers):
+    """(weights, what happened, directory) of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("whole")
+    return *tiny.run_grpo(directory, samplers=samplers), directory
+
+
+def scalars(directory):
+    events = EventAccumulator(str(directory / "events"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}, events
+
+
+class Script:
+    """A sampler whose responses are written in advance: of each question in turn, `right` samples are correct."""
+
+    def __init__(self, right, max_tokens=8):
+        self.right, self.asked, self.seeds, self.loaded = right, [], [], 0
+        self.settings = tiny.SamplingConfig(max_tokens=max_tokens, temperature=1.0)
+
+    def load(self, params):
+        self.loaded += 1
+
+    def sample(self, requests, seed):
+        self.seeds.append(seed)
+        for i in reversed(range(len(requests))):  # completions come in no particular order
+            r, right = requests[i], self.right[(len(self.asked) + i) % len(self.right)]
+            for n, sample in reversed(list(enumerate(r.samples))):
+                answer = r.prompt[0] if n < right else 23
+                tokens = np.array([answer, *[20] * (sample % 3), tiny.END], np.int32)
+                yield Completion(i, sample, tokens, np.full(len(tokens), -2.0, np.float32), "end")
+        self.asked += [(r.question, r.samples) for r in requests]
+
+
+def practise(right, number=5, **changes):
+    config, sampler = tiny.grpo_config(**changes), Script(right)
+    rollouts = grpo.Rollouts(tiny.Grader(), tiny.decode, Interruption())
+    useful, drawn = grpo.practise(config, rollouts, sampler, tiny.questions(number), 0, 0, 7)
+    return useful, drawn, sampler, rollouts
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = [grpo.question_at(p, 6, 3) for p in range(18)]
+    epochs = [order[i : i + 6] for i in (0, 6, 12)]
+    assert all(sorted(e) == list(range(6)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order != [grpo.question_at(p, 6, 4) for p in range(18)]
+
+
+def test_seeds_differ_by_seed_purpose_and_step():
+    seeds = {grpo.draw_seed(s, p, t) for s in (0, 1, -1) for p in ("practice", "evaluation") for t in range(50)}
+    assert len(seeds) == 300 and all(0 <= s < 2**64 for s in seeds)
+
+
+def test_groups_are_graded_as_they_end_and_in_order():
+    useful, drawn, _, rollouts = practise([2, 0, 4])
+    assert useful == drawn and [len(g.completions) for g in drawn] == [4, 4, 4]
+    assert [g.question for g in drawn] == [grpo.question_at(p, 5, 7) for p in range(3)]
+    assert [[c.sample for c in g.completions] for g in drawn] == [[0, 1, 2, 3]] * 3
+    assert [g.correct.tolist() for g in drawn] == [[True, True, False, False], [False] * 4, [True] * 4]
+    assert rollouts.grader.submissions == 3 and {"sample", "grade"} <= set(rollouts.seconds)
+    for g in drawn:
+        assert g.texts == [tiny.decode(c.tokens) for c in g.completions]
+
+
+def test_a_question_that_comes_twice_in_a_step_gets_new_samples():
+    _, _, sampler, _ = practise([2], number=2, questions=5)
+    by_question = {}
+    for question, samples in sampler.asked:
+        by_question.setdefault(question, []).extend(samples)
+    assert sorted(map(len, by_question.values())) == [8, 12]
+    assert all(len(set(s)) == len(s) for s in by_question.values())
+
+
+def test_dynamic_sampling_draws_until_every_group_is_useful():
+    # Of the first three groups one is useful, so a share of 1/3 asks for 3 more (at most `questions`), and so on.
+    useful, drawn, sampler, _ = practise([0, 2, 4], dynamic_sampling=True)
+    assert [g.correct.sum() for g in useful] == [2, 2, 2]
+    assert len(drawn) == 9 and len(set(sampler.seeds)) == 1
+    assert [g.question for g in drawn] == [grpo.question_at(p, 5, 7) for p in range(9)]
+
+
+def test_dynamic_sampling_gives_up():
+    useful, drawn, sampler, _ = practise([0, 4], dynamic_sampling=True)
+    assert len(sampler.seeds) == grpo.ROUNDS and len(drawn) == 3 * grpo.ROUNDS
+    assert useful == drawn[:3], "a batch without influence"
+
+
+def test_dynamic_sampling_asks_for_no_more_than_it_needs():
+    useful, drawn, _, _ = practise([2, 2, 0, 1], dynamic_sampling=True)
+    assert len(useful) == 3 and len(drawn) == 5, "2 of 3 are useful, so the one that is missing takes 2 more"
+
+
+def test_batch_leaves_out_what_has_no_influence_but_counts_it():
+    _, drawn, _, _ = practise([2, 0, 4])
+    config = tiny.grpo_config(row_tokens=40)
+    batch = grpo.to_batch(config, drawn, tiny.questions(), 8, 40, 1)
+    tokens = [len(c.tokens) for g in drawn for c in g.completions]
+    trained = batch["weight"] > 0
+    assert trained.sum() == sum(tokens[:4])
+    np.testing.assert_allclose(batch["weight"][trained], 1 / sum(tokens), rtol=1e-6)
+    # r = 1, 1, -1, -1: mean 0, std sqrt(4 / 3)
+    a = 1 / (np.sqrt(4 / 3) + 1e-4)
+    signs = [
+        a if right else -a for right, c in zip(drawn[0].correct, drawn[0].completions, strict=True) for _ in c.tokens
+    ]
+    assert sorted(batch["advantage"][trained]) == pytest.approx(sorted(signs))
+    whole = grpo.to_batch(tiny.grpo_config(kl=0.1), drawn, tiny.questions(), 8, 40, 1)
+    assert (whole["weight"] > 0).sum() == sum(tokens), "with a KL term every response has influence"
+
+
+def test_a_batch_of_equal_groups_changes_nothing(tmp_path):
+    config = tiny.grpo_config(steps=4, evaluate_every=None)
+    weights, done = tiny.run_grpo(tmp_path, config=config, samplers=(Script([0, 4]), None), evaluate=False)
+    assert tiny.same(weights, tiny.params()) and done["step"] == 4
+    values = scalars(tmp_path)[0]
+    assert [v for _, v in values["train/grad_norm"]] == [0] * 4
+    assert values["rollout/all_wrong"] == [(1, pytest.approx(2 / 3)), (2, pytest.approx(1 / 3))] * 1 + [
+        (3, pytest.approx(2 / 3)),
+        (4, pytest.approx(1 / 3)),
+    ]
+
+
+def test_what_happened(whole):
+    _, done, _ = whole
+    assert json.loads(json.dumps(done)) == done
+    assert done["step"] == 5 and done["position"] == 15
+    evaluations = done["evaluations"]
+    assert [e["step"] for e in evaluations] == [0, 2, 4, 5]
+    for e in evaluations:
+        assert len(e["correct"]) == 3 and e["samples"] == 2 and all(0 <= c <= 2 for c in e["correct"])
+        assert e["accuracy"] == sum(e["correct"]) / 6 and 1 <= e["length"] <= 8 and 0 <= e["truncated"] <= 1
+    best = max(e["accuracy"] for e in evaluations)
+    assert done["kept"] == done["best"] == next(e["step"] for e in evaluations if e["accuracy"] == best)
+
+
+def test_tensorboard_shows_every_part(whole):
+    values, events = scalars(whole[2])
+    steps = list(range(1, 6))
+    train = ("loss", "grad_norm", "entropy", "learning_rate", "delta_logp", "delta_logp_max", "clipped", "tokens")
+    rollout = ("reward", "all_right", "all_wrong", "length", "truncated", "questions")
+    seconds = ("sample", "grade", "train", "tokens_per_second", "sampled_per_second")
+    groups = {"train": train, "rollout": rollout, "time": seconds}
+    for tag in (f"{group}/{name}" for group, names in groups.items() for name in names):
+        assert [step for step, _ in values[tag]] == steps, tag
+    assert [step for step, _ in values["eval/accuracy"]] == [0, 2, 4, 5]
+    assert [e.step for e in events.Tensors("responses/incorrect")] == steps
+    text = events.Tensors("responses/incorrect")[0].tensor_proto.string_val[0].decode()
+    assert "say " in text and "stop: " in text
+    for _, value in values["train/learning_rate"][:1]:
+        assert value == 0, "warm-up begins at rate 0"
+
+
+def test_sampler_and_trainer_agree_on_every_batch(whole):
+    values, _ = scalars(whole[2])
+    assert all(0 <= v < 2e-5 for _, v in values["train/delta_logp_max"])
+    assert any(v > 0 for _, v in values["train/tokens"])
+    assert all(v == 0 for _, v in values["train/clipped"])
+
+
+def test_the_weights_of_the_best_step_are_returned(tmp_path, samplers):
+    """Every evaluation after the first is worse, by a grader that says so."""
+
+    class Worse(tiny.Grader):
+        def submit(self, pairs):
+            future = super().submit(pairs)
+            if len(pairs) == 2:  # an evaluation's group
+                for v in future.result():
+                    v.correct = self.submissions <= 3
+            return future
+
+    weights, done = tiny.run_grpo(tmp_path, samplers=samplers, grader=Worse())
+    assert done["kept"] == 0 and [e["accuracy"] for e in done["evaluations"]] == [1, 0, 0, 0]
+    assert tiny.same(weights, tiny.params())
+    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == [0, 4, 5], "the best and the newest two"
+
+
+def test_the_last_step_is_kept_if_asked_for(tmp_path, whole, samplers):
+    weights, done = tiny.run_grpo(tmp_path, config=tiny.grpo_config(keep="last"), samplers=samplers)
+    assert done["kept"] == 5 and done["evaluations"] == whole[1]["evaluations"]
+    if whole[1]["kept"] == 5:
+        assert tiny.same(weights, whole[0])
+
+
+def test_going_on_from_the_end_changes_nothing(whole, samplers):
+    grader = tiny.Grader()
+    weights, done = tiny.run_grpo(whole[2], samplers=samplers, grader=grader)
+    assert tiny.same(weights, whole[0]) and done == whole[1] and grader.submissions == 0
+
+
+# The grader's 27 submissions: 3 for the evaluation at 0, 3 for each of steps 1 and 2, 3 for the evaluation at 2, 3 for
+# each of steps 3 and 4, … The 14th is in the middle of sampling step 3, after the checkpoint of step 2.
+
+
+def assert_same_run(directory, whole, samplers, submissions=None):
+    grader = tiny.Grader()
+    weights, done = tiny.run_grpo(directory, samplers=samplers, grader=grader)
+    assert tiny.same(weights, whole[0]) and done == whole[1]
+    assert submissions is None or grader.submissions == submissions
+    again, undisturbed = scalars(directory)[0], scalars(whole[2])[0]
+    assert again.keys() == undisturbed.keys()
+    for tag in undisturbed:
+        if not tag.startswith("time/"):
+            assert again[tag] == undisturbed[tag], tag
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, whole, samplers):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, tiny.__file__, "grpo", tmp_path, "14"]
+    out = subprocess.run(command, env=environment, capture_output=True)
+    assert out.returncode == -9, out.stderr.decode()
+    assert_same_run(tmp_path, whole, samplers)
+
+
+@pytest.mark.parametrize("name, raised", [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)])
+@pytest.mark.parametrize("at", [2, 8, 14])
+def test_a_run_that_is_told_to_stop_goes_on(tmp_path, whole, samplers, name, raised, at):
+    with pytest.raises(raised) as error:
+        tiny.run_grpo(tmp_path, samplers=samplers, grader=tiny.Grader(tiny.at(at, name)))
+    assert raised is KeyboardInterrupt or error.value.code == 128 + 15
+    finished = {2: 0, 8: 6, 14: 12}[at]  # the submissions before the step's own are not made again
+    assert_same_run(tmp_path, whole, samplers, 27 - finished)
+
+
+def test_more_steps_go_on_and_other_settings_do_not(tmp_path, samplers):
+    short = tiny.grpo_config(steps=2, keep="last", evaluate_every=None)
+    tiny.run_grpo(tmp_path, config=short, samplers=samplers)
+    _, done = tiny.run_grpo(tmp_path, config=short.model_copy(update={"steps": 3}), samplers=samplers)
+    assert done["step"] == 3
+    with pytest.raises(UserError, match="were made with seed = 7, now it is 8"):
+        tiny.run_grpo(tmp_path, config=short, samplers=samplers, seed=8)
+
+
+def test_variants_together(tmp_path, samplers):
+    config = tiny.grpo_config(steps=3, evaluate_every=None, updates=3, clip_high=0.02, kl=0.2, ratio="sequence")
+    _, done = tiny.run_grpo(tmp_path, config=config, samplers=samplers)
+    values, _ = scalars(tmp_path)
+    assert done["step"] == 3 and all(v < 2e-5 for _, v in values["train/delta_logp_max"]), "of the first update"
+    # The last of 3 updates on each batch: s = 2, 5, 8 with 2 steps of warm-up.
+    assert [v for _, v in values["train/learning_rate"]] == pytest.approx([3e-2] * 3)
+    assert max(v for _, v in values["train/clipped"]) > 0
+    assert all(v > 1e-5 for _, v in values["train/kl"])
+
+
+def test_it_learns(tmp_path, samplers):
+    """To name the first word of the prompt."""
+    config = tiny.grpo_config(steps=40, questions=4, samples=8, evaluate_every=None, checkpoint_every=100)
+    tiny.run_grpo(tmp_path, config=config, samplers=samplers)
+    reward = [v for _, v in scalars(tmp_path)[0]["rollout/reward"]]
+    assert np.mean(reward[:3]) < -0.2 and np.mean(reward[-3:]) > 0.4
+
+
+def test_settings_that_cannot_work(tmp_path):
+    with pytest.raises(UserError, match=r"grpo.sampling.temperature is 0"):
+        tiny.run_grpo(tmp_path, samplers=(tiny.sampler(temperature=0), None), evaluate=False)
+    with pytest.raises(UserError, match=r"grpo.row_tokens is 10, but a prompt and its response may have 11 tokens"):
+        tiny.run_grpo(tmp_path, config=tiny.grpo_config(row_tokens=10), samplers=(Script([1]), None), evaluate=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_digest_tells_problems_and_prompts_apart():
+    questions = tiny.questions()
+    other_prompt = grpo.Questions(questions.problems, [(9,), *questions.prompts[1:]])
+    other_answer = grpo.Questions([Problem("q0", "say 2", "3"), *questions.problems[1:]], questions.prompts)
+    assert len({questions.digest(), other_prompt.digest(), other_answer.digest(), tiny.questions().digest()}) == 3
