@@ -1,15 +1,13 @@
 import hashlib
-import http.server
 import io
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 
+import local_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -38,7 +36,8 @@ def from_file(tmp_path, *lines, **settings):
 def test_a_file(tmp_path):
     loaded = from_file(
         tmp_path,
-        b'\xef\xbb\xbf{"id": "a", "problem": "What is $1+1$?\\n", "answer": "2", "level": "Level 5", "subject": "Sums"}',
+        b'\xef\xbb\xbf{"id": "a", "problem": "What is $1+1$?\\n", "answer": "2", "level": "Level 5", '
+        b'"subject": "Sums"}',
         "",
         {"problem": "é\u2028", "solution": "First \\boxed{1}, then \\boxed{\\frac{1}{2}}.", "level": "Level ?"},
         {"problem": "x", "answer": 70.0, "level": 3, "id": 17},
@@ -201,8 +200,10 @@ def math_rows(split, count):
         for i in range(count)
     ]
     # As published.
-    rows[1] |= {"problem": "For any integer $n>1$, the number of prime numbers greater than $n!+1$ and less than $n!+n$ is",
-                "solution": "There are $\\boxed{}$ primes."}  # fmt: skip
+    rows[1] |= {
+        "problem": "For any integer $n>1$, the number of prime numbers greater than $n!+1$ and less than $n!+n$ is",
+        "solution": "There are $\\boxed{}$ primes.",
+    }
     rows[2]["level"] = "Level ?"
     return rows
 
@@ -270,46 +271,6 @@ HUB = {
     "some/empty": {"train.jsonl": b""},
 }
 
-SHA = "a" * 40
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        status, data, headers = self.find(self.path.partition("?")[0])
-        self.send_response(status)
-        for name, value in {"Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def find(self, path):
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
-            repo = match[1]
-            if repo in HUB:
-                info = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in HUB[repo]]}
-                return 200, json.dumps(info).encode(), {"Content-Type": "application/json"}
-            if repo == "some/gated":
-                return 403, b"", {"X-Error-Code": "GatedRepo"}
-        if match := re.fullmatch(rf"/datasets/([^/]+/[^/]+)/resolve/{SHA}/(.+)", path):
-            data = HUB.get(match[1], {}).get(match[2])
-            if data is not None:
-                return 200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": SHA}
-            return 404, b"", {"X-Error-Code": "EntryNotFound"}
-        return 404, b"", {"X-Error-Code": "RepoNotFound"}
-
-    def log_message(self, *_):
-        pass
-
-
 CLIENT = """
 import dataclasses, json, sys
 from rlvd_jax import problems
@@ -327,13 +288,10 @@ for settings in json.load(sys.stdin):
 
 def client(home, endpoint, requests, **environment):
     """Load each of `requests` in a fresh process, since huggingface_hub reads its environment when imported."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-    env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    env |= {"PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(
         [sys.executable, "-c", CLIENT],
         input=json.dumps(requests),
-        env=env,
+        env=local_hub.environment(home, endpoint, **environment),
         capture_output=True,
         text=True,
         timeout=120,
@@ -345,13 +303,8 @@ def client(home, endpoint, requests, **environment):
 
 @pytest.fixture(scope="module")
 def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with local_hub.serve(datasets=HUB, gated=["some/gated"]) as server:
+        yield server.url
 
 
 def test_hub_sets(hub, tmp_path):
