@@ -23,7 +23,10 @@ def load(directory: str | Path):
     ):
         raise UserError(f"{directory}: no tokenizer: neither tokenizer.json nor vocab.json with merges.txt is there")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Some versions of transformers take any large tokenizer for a Mistral one whose pattern is wrong, and warn.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, fix_mistral_regex=False
+        )
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # The Rust library raises Exception itself.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
