@@ -170,12 +170,17 @@ class Study:
             "parent": self.identity(recipe.parent),
         }
         if grpo := recipe.grpo:
-            how = grpo.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows", "start", "problems"})
+            aside = {"checkpoint_every", "micro_rows"}
+            whole = {"start", "problems", "sampling", "evaluate_on", "evaluate_sampling"}  # below, as they come out
             return common | {
-                "grpo": how | {"evaluate_on": None},
+                "grpo": grpo.model_dump(mode="json", exclude=aside | whole),
                 "problems": problem_sets.digest(self.problems(grpo.problems)),
                 "sampling": self.sampling_identity(c.model_sampling(model, grpo.sampling)),
-                "evaluation": grpo.evaluate_on and problem_sets.digest(self.problems(grpo.evaluate_on)),
+                "evaluation": grpo.evaluate_on
+                and [
+                    problem_sets.digest(self.problems(grpo.evaluate_on)),
+                    self.sampling_identity(c.model_sampling(model, grpo.evaluate_sampling)),
+                ],
             }
         sft = recipe.sft
         how = sft.model_dump(
