@@ -274,6 +274,14 @@ def test_it_learns(tmp_path, samplers):
     assert np.mean(reward[:3]) < -0.2 and np.mean(reward[-3:]) > 0.4
 
 
+def test_training_that_breaks_down_stops_and_saves_nothing_of_it(tmp_path, samplers):
+    optimizer = tiny.OPTIMIZER.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    config = tiny.grpo_config(steps=8, evaluate_every=None, checkpoint_every=1, optimizer=optimizer)
+    with pytest.raises(UserError, match=r"training broke down at step 2: .*; lower optimizer.learning_rate"):
+        tiny.run_grpo(tmp_path, config=config, samplers=samplers)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 def test_settings_that_cannot_work(tmp_path):
     with pytest.raises(UserError, match=r"grpo.sampling.temperature is 0"):
         tiny.run_grpo(tmp_path, samplers=(tiny.sampler(temperature=0), None), evaluate=False)

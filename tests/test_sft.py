@@ -52,8 +52,8 @@ def test_steps_and_what_happened(whole):
     assert done["step"] == STEPS and json.loads(json.dumps(done)) == done
     events = EventAccumulator(str(directory / "events"))
     events.Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [10]
-    assert events.Scalars("train/epoch")[0].value == 2
+    assert [e.step for e in events.Scalars("train/loss")] == [3, 6, 9, 10], "every 10 steps, and at checkpoints"
+    assert events.Scalars("train/epoch")[-1].value == 2
     assert {"train/loss", "train/grad_norm", "train/entropy", "train/learning_rate", "time/tokens_per_second"} <= set(
         events.Tags()["scalars"]
     )
@@ -102,6 +102,13 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(tmp_path, whole, 
 def test_other_examples_are_another_training(whole):
     with pytest.raises(UserError, match="were made with examples = "):
         tiny.run_sft(whole[2], examples=tiny.examples(18, seed=1))
+
+
+def test_training_that_breaks_down_stops_and_saves_nothing_of_it(tmp_path):
+    optimizer = tiny.OPTIMIZER.model_dump() | {"learning_rate": 1e30, "warmup_steps": 1}
+    with pytest.raises(UserError, match=r"training broke down at step 3: .*; lower optimizer.learning_rate"):
+        tiny.run_sft(tmp_path, config=tiny.sft_config(optimizer=optimizer))
+    assert not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_no_examples(tmp_path):

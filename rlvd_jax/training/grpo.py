@@ -40,7 +40,7 @@ from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.rewards import advantages, rewards
-from rlvd_jax.training.step import Trainer, TrainState, discard, get_trainer
+from rlvd_jax.training.step import Trainer, TrainState, check_finite, discard, get_trainer
 
 ROUNDS = 10  # of dynamic sampling in a step; then it trains on the groups that there are
 
@@ -66,6 +66,10 @@ class Evaluation:
     sampler: Sampler
     samples: int
 
+    def identity(self) -> dict:
+        settings = self.sampler.settings.model_dump(mode="json", exclude={"samples", "slots"})
+        return settings | {"questions": self.questions.digest(), "samples": self.samples}
+
 
 @dataclass
 class Group:
@@ -83,7 +87,7 @@ class Rollouts:
     decode: from a response's tokens, the end token included, to the text that is graded.
     """
 
-    def __init__(self, grader, decode: Callable[[np.ndarray], str], interruption: Interruption):
+    def __init__(self, grader: Grader, decode: Callable[[np.ndarray], str], interruption: Interruption):
         self.grader, self.decode, self.interruption = grader, decode, interruption
         self.seconds: dict[str, float] = defaultdict(float)  # spent on each part since it was last cleared
 
@@ -234,12 +238,13 @@ def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: 
     for part, values in (("train", learnt), ("rollout", rollout), ("time", seconds | rates)):
         board.scalars(step, {f"{part}/{name}": value for name, value in values.items()})
     for name, wanted in (("correct", True), ("incorrect", False)):
-        found = [(g, i) for g in groups for i in np.flatnonzero(g.correct == wanted)[:1]][:1]
-        for g, i in found:
-            problem, completion = questions.problems[g.question], g.completions[i]
+        group = next((g for g in groups if wanted in g.correct), None)
+        if group is not None:
+            i = int(np.flatnonzero(group.correct == wanted)[0])
+            problem, completion = questions.problems[group.question], group.completions[i]
             heading = f"{problem.id}: {problem.problem}\nanswer: {problem.answer}\n"
             heading += f"response {completion.sample}, {len(completion.tokens)} tokens, stop: {completion.stop}\n\n"
-            board.text(step, f"responses/{name}", heading + g.texts[i])
+            board.text(step, f"responses/{name}", heading + group.texts[i])
     return {
         "reward": f"{rollout['reward']:+.2f}",
         "length": f"{rollout['length']:.0f}",
@@ -285,7 +290,7 @@ def train(
         "grpo": config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
         "sampling": settings.model_dump(mode="json", exclude={"samples", "slots"}),
         "questions": questions.digest(),
-        "evaluation questions": evaluation.questions.digest() if evaluation else None,
+        "evaluation": evaluation.identity() if evaluation else None,
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
@@ -312,14 +317,15 @@ def train(
                     every = config.evaluate_every if evaluation else None
                     evaluated = step in [e["step"] for e in done["evaluations"]]
                     if every and (step % every == 0 or ended) and not evaluated:
+                        bar.set_description("GRPO (evaluating)")
                         result = evaluate(evaluation, rollouts, state.params, step, seed)
-                        evaluations = [*done["evaluations"], result]
-                        best = max(evaluations, key=lambda e: sum(e["correct"]))["step"]  # the earliest of equals
-                        done = done | {"evaluations": evaluations, "best": best}
+                        bar.set_description("GRPO")
+                        done = done | {"evaluations": [*done["evaluations"], result]}
+                        if config.keep == "best":  # the earliest of equals
+                            done["best"] = max(done["evaluations"], key=lambda e: sum(e["correct"]))["step"]
                         board.scalars(step, {f"eval/{k}": result[k] for k in ("accuracy", "length", "truncated")})
                         shown["accuracy"] = f"{result['accuracy']:.3f}"
-                    is_best = config.keep == "best" and done["best"] == step
-                    if ended or is_best or (step and step % config.checkpoint_every == 0):
+                    if ended or step == done["best"] or (step and step % config.checkpoint_every == 0):
                         checkpoints.save(state, done, done["best"])
                     if ended:
                         break
@@ -334,6 +340,7 @@ def train(
                             config, groups, questions, settings.max_tokens, row_tokens, trainer.rows(config.micro_rows)
                         )
                         state, learnt = learn(config, trainer, state, batch, reference)
+                    check_finite(learnt, step + 1)
                     done = done | {"step": step + 1, "position": done["position"] + len(drawn)}
                     shown |= record(board, step + 1, drawn, learnt, rollouts.seconds, questions)
                     bar.set_postfix(shown)
@@ -343,7 +350,7 @@ def train(
                 checkpoints.wait()
                 interruption.leave()
 
-        kept = done["best"] if config.keep == "best" and done["best"] is not None else done["step"]
+        kept = done["step"] if done["best"] is None else done["best"]
         weights = state.params
         if kept != done["step"]:
             del state, weights  # make room

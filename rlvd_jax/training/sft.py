@@ -21,7 +21,7 @@ from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.training.batches import Example, supervised
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
-from rlvd_jax.training.step import discard, get_trainer
+from rlvd_jax.training.step import check_finite, discard, get_trainer
 
 LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
 
@@ -101,18 +101,22 @@ def train(
                     window.append(metrics)
                     step = done["step"] + 1
                     done = {"step": step, "data": batches.get_state()}
-                    if step % LOG_EVERY == 0 or step == steps:
+                    saves = step % config.checkpoint_every == 0 or step == steps
+                    if step % LOG_EVERY == 0 or saves:
                         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(window))
+                        check_finite(mean, step)
                         rate = len(window) * mean["tokens"] / (time.perf_counter() - start)
                         scalars = {f"train/{name}": value for name, value in mean.items()}
                         board.scalars(step, scalars | {"train/epoch": step / epoch, "time/tokens_per_second": rate})
                         bar.set_postfix({"loss": f"{mean['loss']:.3f}", "tokens/s": f"{rate:,.0f}"})
                         window, start = [], time.perf_counter()
                     bar.update()
-                    if step % config.checkpoint_every == 0 or step == steps:
+                    if saves:
                         checkpoints.save(state, done)
                     interruption.check()
             except Stopped:
+                for metrics in jax.device_get(window):
+                    check_finite(metrics, done["step"])
                 checkpoints.save(state, done)
                 checkpoints.wait()
                 interruption.leave()

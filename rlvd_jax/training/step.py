@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlvd_jax.config import OptimizerConfig
+from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
 from rlvd_jax.training.loss import Objective, loss, token_logprobs
@@ -33,6 +35,15 @@ def discard(params: nnx.State) -> None:
     """Free the arrays, whoever still refers to them."""
     for x in jax.tree.leaves(params):
         x.delete()
+
+
+def check_finite(metrics: Mapping[str, float], step: int) -> None:
+    """UserError if an update was not a number: what comes after it is worth nothing."""
+    if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
+        raise UserError(
+            f"training broke down at step {step}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; "
+            "lower optimizer.learning_rate or optimizer.clip_norm"
+        )
 
 
 class Trainer:
