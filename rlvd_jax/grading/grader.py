@@ -14,6 +14,7 @@ from rlvd_jax.grading.pool import Pool
 
 _CACHED = 200_000  # verdicts kept, some 300 bytes each
 _LONG = 1000  # characters; a longer answer from a response without a box is not kept
+_DEATHS = 3  # of workers at one response, before it is to blame
 _GROUPING = 10  # deadlines of processor time for the answers to one question
 
 
@@ -24,18 +25,18 @@ class Verdict(NamedTuple):
     answer: str | None
     """The inside of the last box; without a box, what math-verify reads in the text; None if that is nothing."""
     reason: Literal["ok", "timeout", "crash", "unparsed"]
-    """ok: compared with the gold answer. Else wrong: it took too long, a worker died of it twice, or math-verify
+    """ok: compared with the gold answer. Else wrong: it took too long, three workers died at it, or math-verify
     found nothing to compare in it (or in the gold answer)."""
 
 
 class Grader:
     """Judges responses with math-verify in `workers` processes, each response within `deadline` seconds.
 
-    The deadline is processor time from the moment a worker starts on the response (so that a verdict doesn't depend
-    on how busy the machine is), or four times as much wall clock. Reading the gold answer has a deadline of its own;
-    where it fails, all responses to it are wrong at once. What passes the deadline is wrong (`timeout`) and costs no
-    other response anything. A worker that dies for another reason may have been killed from outside: the response it
-    was at is tried once more, and is wrong (`crash`) if that worker dies too. A worker's memory is bounded.
+    The deadline is processor time from the moment a worker starts on the response, so that a verdict doesn't depend on
+    how busy the machine is. What passes it is wrong (`timeout`) and costs no other response anything. Reading the gold
+    answer has a deadline of its own; where it fails, all responses to it are wrong at once. A worker that dies for
+    another reason, or gets nothing done in four deadlines of wall clock, may have been stopped from outside: the
+    response it was at is tried again, and is wrong (`crash`) at the third such death. A worker's memory is bounded.
 
     Use it as a context manager: leaving it, also by Ctrl-C, ends the workers. Safe to use from several threads.
 
@@ -54,7 +55,7 @@ class Grader:
         self._lock = threading.RLock()  # guards all below, and the fields of submissions and judgements
         self._cache: OrderedDict[tuple, tuple] = OrderedDict()  # key -> (correct, reason, answer of a text without box)
         self._running: dict[tuple, _Judgement] = {}
-        self._hopeless: dict[str, str] = {}  # gold answers that can't be read -> reason
+        self._hopeless: set[str] = set()  # gold answers that can't be read within the deadline
 
     def __enter__(self) -> Self:
         return self
@@ -183,14 +184,15 @@ class _Judgement:
         self.characters = len(gold) + len(text)
         self.alone = False
         self._grader, self._gold = grader, gold
+        self._deaths = 0
         self._gold_read = False
         self._judged: tuple[bool, str] | None = None
 
     def settled(self) -> bool:
-        reason = self._grader._hopeless.get(self._gold)
-        if reason is not None:
-            self._grader._finish(self, False, reason)
-        return reason is not None
+        hopeless = self._gold in self._grader._hopeless
+        if hopeless:
+            self._grader._finish(self, False, "timeout")
+        return hopeless
 
     def receive(self, message: tuple, last: bool) -> None:
         kind, *values = message
@@ -202,17 +204,17 @@ class _Judgement:
             self._grader._finish(self, *self._judged, values[0] if kind == "answer" else None)
 
     def lost(self, timeout: bool) -> bool:
-        if not timeout and not self.alone:
+        self._deaths += not timeout
+        if not timeout and self._deaths < _DEATHS:
             self.alone = True
             self._gold_read, self._judged = False, None
             return True
         if self._judged:  # only what a text without a box is read as is lost
             self._grader._finish(self, *self._judged)
             return False
-        reason = "timeout" if timeout else "crash"
-        if not self._gold_read:
-            self._grader._hopeless[self._gold] = reason
-        self._grader._finish(self, False, reason)
+        if timeout and not self._gold_read:
+            self._grader._hopeless.add(self._gold)
+        self._grader._finish(self, False, "timeout" if timeout else "crash")
         return False
 
     def fail(self, error: BaseException) -> None:
@@ -239,7 +241,7 @@ class _Grouping:
         self._broken: set[int] = set()
         self._unequal: set[tuple[int, int]] = set()
         self._step = (0, -1)  # what the worker is at: (answer, group to compare with, or -1 for parsing it)
-        self._crashed_at: tuple[int, int] | None = None
+        self._deaths: Counter[tuple[int, int]] = Counter()
 
     @property
     def request(self) -> tuple:
@@ -251,7 +253,8 @@ class _Grouping:
     def receive(self, message: tuple, last: bool) -> None:
         kind, *values = message
         if kind == "try":
-            self._step = tuple(values)
+            *step, self._spent = values
+            self._step = tuple(step)
         elif kind == "put":
             group, self._spent = values
             self._placed.append(group)
@@ -261,9 +264,10 @@ class _Grouping:
     def lost(self, timeout: bool) -> bool:
         self._budget -= self._spent + (self._deadline if timeout else 0)
         self._spent = 0.0
-        if not timeout and self._crashed_at != self._step:
-            self._crashed_at = self._step
-        elif self._step[1] < 0:
+        self._deaths[self._step] += not timeout
+        if not timeout and self._deaths[self._step] < _DEATHS:
+            return True
+        if self._step[1] < 0:
             self._broken.add(self._step[0])
         else:
             self._unequal.add(self._step)

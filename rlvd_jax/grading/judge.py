@@ -109,8 +109,8 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
 
     Each answer joins the first group whose representative (its first member) it equals, else it founds one. Two
     answers are equal if `verify` says so in both orders: `verify(1, 2x + z = 1)` is true, its converse is not.
-    Messages: ("try", i, g) before answer i is compared with the representative of group g, or (g = -1) parsed;
-    ("put", g, seconds of processor time so far) when the next answer has its group; ("done",).
+    Messages: ("try", i, g, seconds) before answer i is compared with the representative of group g, or (g = -1)
+    parsed; ("put", g, seconds) when the next answer has its group; ("done",). Seconds are of processor time, so far.
 
     Args:
       answers: distinct strings, the most frequent first.
@@ -120,6 +120,10 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
       budget: seconds of processor time left; answers that are not placed by then are groups of their own.
     """
     began = time.process_time()
+
+    def spent():
+        return time.process_time() - began
+
     leaders = {}  # group -> (parsed, leaves) of its representative, None if that can't be compared
     founders = {g: i for i, g in reversed([*enumerate(placed)])}
 
@@ -129,21 +133,21 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
 
     for g, i in founders.items():
         leaders[g] = None
-        if i not in broken and time.process_time() - began < budget:
-            yield False, ("try", i, -1)
+        if i not in broken and spent() < budget:
+            yield False, ("try", i, -1, spent())
             leaders[g] = prepared(i)
     for i in range(len(placed), len(answers)):
         mine, home = None, None
-        if i not in broken and time.process_time() - began < budget:
-            yield False, ("try", i, -1)
+        if i not in broken and spent() < budget:
+            yield False, ("try", i, -1, spent())
             mine = prepared(i)
             for g, leader in leaders.items():
-                if leader is None or (i, g) in unequal or time.process_time() - began >= budget:
+                if leader is None or (i, g) in unequal or spent() >= budget:
                     continue
                 if same_string(leader[0], mine[0]):
                     home = g
                 elif not differ(leader[1], mine[1]):
-                    yield False, ("try", i, g)
+                    yield False, ("try", i, g, spent())
                     if verify(leader[0], mine[0]) and verify(mine[0], leader[0]):
                         home = g
                 if home is not None:
@@ -151,7 +155,7 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
         if home is None:
             home = len(leaders)
             leaders[home] = mine
-        yield False, ("put", home, time.process_time() - began)
+        yield False, ("put", home, spent())
     yield True, ("done",)
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Protocol
 
 from rlvd_jax.errors import UserError
+from rlvd_jax.grading.worker import TIMED_OUT
 
 MEMORY = 2 << 30  # bytes of address space for one worker; it needs 60 MB
-_RETIRE = 512 << 20  # a worker that has grown to this is replaced between batches: math-verify's caches only grow
+_RETIRE = 512 << 20  # bytes at which its working process is replaced between batches
 _BATCH = 64  # tasks handed over at once, if together they have no more than _BATCH_CHARACTERS
 _BATCH_CHARACTERS = 1 << 20
 _START = 120  # seconds for a worker's imports, which take 0.4 s on an idle machine
-_WALL = 4  # deadlines of wall clock after which a worker that uses no processor time is given up
+_WALL = 4  # deadlines of wall clock after which a worker that gets no processor time is given up
 
 
 class Task(Protocol):
@@ -39,20 +40,20 @@ class Task(Protocol):
         """A message from the worker, the last one or not."""
 
     def lost(self, timeout: bool) -> bool:
-        """The worker passed its deadline (or else died) at this task; True: try it again with another worker."""
+        """The deadline passed at this task, or else the worker died; True: try it again with another worker."""
 
     def fail(self, error: BaseException) -> None:
         """The task will never be done."""
 
 
 class Worker:
-    """One worker process and the pipes to it."""
+    """One worker (see `worker.py`) and the pipes to it."""
 
     def __init__(self, deadline: float):
         root = str(Path(__file__).parents[2])
         path = [root, *(p for p in sys.path if p and p != root)]  # what is found here is found there
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "rlvd_jax.grading.worker", str(deadline), str(MEMORY)],
+            [sys.executable, "-P", "-m", "rlvd_jax.grading.worker", str(deadline), str(MEMORY), str(_RETIRE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -87,29 +88,22 @@ class Worker:
         self._tasks.send(requests)
 
     def receive(self, seconds: float):
-        """The next message, or TimeoutError. Raises EOFError or OSError if the worker is dead."""
+        """The next message. Raises EOFError or OSError if the worker is dead, or silent for so long."""
         if not self._messages.poll(seconds):
             raise TimeoutError
         return self._messages.recv()
 
-    def grown(self) -> bool:
-        try:
-            pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[0])
-        except OSError:
-            return False  # not Linux, or just dead
-        return pages * os.sysconf("SC_PAGE_SIZE") > _RETIRE
+    def kill(self) -> None:
+        """End both its processes; safe from any thread."""
+        if self.alive():
+            os.killpg(self.pid, signal.SIGKILL)
 
-    def stop(self) -> bool:
-        """End the worker; True if its own timer had ended it."""
-        self._process.kill()
-        timed_out = self._process.wait() == -signal.SIGPROF
+    def stop(self) -> None:
+        """End it and close the pipes, which also ends what `kill` may have missed."""
+        self.kill()
+        self._process.wait()
         for pipe in (self._tasks, self._messages, self._process.stderr):
             pipe.close()
-        return timed_out
-
-    def kill(self) -> None:
-        """End the worker from another thread than the one that serves it."""
-        self._process.kill()
 
 
 class Pool:
@@ -183,10 +177,10 @@ class Pool:
             self._stop(worker)
         raise UserError(f"no grading worker can be started: {error}")
 
-    def _stop(self, worker: Worker) -> bool:
+    def _stop(self, worker: Worker) -> None:
         with self._wake:
             self._workers.discard(worker)
-        return worker.stop()
+        worker.stop()
 
     def _serve(self) -> None:
         worker, batch = None, deque()
@@ -199,18 +193,19 @@ class Pool:
                     self._stop(worker)
                     worker = None
                 worker = worker or self._start()
-                timeout = None
+                timeout = False
                 try:
                     worker.send([task.request for task in batch])
-                    while batch:
-                        last, message = worker.receive(_WALL * self._deadline)
-                        batch[0].receive(message, last)
-                        if last:
-                            batch.popleft()
-                except (EOFError, OSError) as problem:
-                    timeout = isinstance(problem, TimeoutError)
-                if timeout is not None or worker.grown():
-                    timeout = self._stop(worker) or timeout
+                    while batch and not timeout:
+                        message = worker.receive(_WALL * self._deadline)
+                        timeout = message == TIMED_OUT
+                        if not timeout:
+                            last, values = message
+                            batch[0].receive(values, last)
+                            if last:
+                                batch.popleft()
+                except (EOFError, OSError):
+                    self._stop(worker)
                     worker = None
                 if batch and not batch[0].lost(timeout):
                     batch.popleft()
