@@ -127,7 +127,7 @@ def plan(study: Study) -> str:
                 state,
                 amount(spent.sampled) if spent.sampled else "",
                 amount(spent.trained) if spent.trained else "",
-                f"{spent.memory / 2**30:.1f} GiB",
+                f"{spent.memory / 2**30:.1f} GiB" if spent.memory >= 2**30 else f"{spent.memory / 2**20:.1f} MiB",
             )
         )
     widths = [max(len(r[i]) for r in rows) for i in range(5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -67,7 +68,7 @@ def publish(study: Study, grader: Grader, progress=None) -> tuple[dict, Path]:
     results = {
         "study": config.study,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": config.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "settings": config.written(),
         "versions": versions(),
     } | results
     say("figures and page")
@@ -99,7 +100,7 @@ def _groups(study: Study, there: ResponseSet, ids: list[str], answers: list, gra
     """For each response the number of its answer's group within its question."""
     key = hashlib.sha256(repr(list(zip(ids, answers, strict=True))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     path = study.root / "analysis" / f"groups-{there.directory.name}-{key}.npy"
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there, or damaged
         return np.load(path)
     of_question: dict[str, list[int]] = {}
     for i, id in enumerate(ids):
@@ -109,8 +110,9 @@ def _groups(study: Study, there: ResponseSet, ids: list[str], answers: list, gra
     for rows, numbers in zip(of_question.values(), found, strict=True):
         groups[rows] = numbers
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
-    np.save(temporary, groups)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, groups)
     os.replace(temporary, path)
     return groups
 
@@ -128,7 +130,7 @@ def describe(study: Study, name: str) -> dict:
     if model.from_ is not None:
         return about | {"from": model.from_}
     recipe = model.grpo or model.sft
-    about |= {"from": model.parent, "recipe": recipe.model_dump(mode="json", exclude_none=True)}
+    about |= {"from": model.parent, "recipe": recipe.written()}
     return about | {"happened": {k: v for k, v in (study.result(name) or {}).items() if k != "evaluations"}}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ from pathlib import Path
 from rlvd_jax import config as settings
 from rlvd_jax.errors import UserError, nearest
 
+# What a user can put right when something cannot be written: no space, no right to.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 CONFIGS = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
 
 
 def config_path(name: str) -> Path:
     """The file that CONFIG means: a path, or the name of a config that comes with the package."""
-    if Path(name).exists() or name.endswith((".yaml", ".yml")) or "/" in name:
+    if Path(name).is_file() or name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
     found = {path.stem: path for folder in CONFIGS for path in folder.glob("*.yaml")}
     if name not in found:
@@ -31,18 +34,20 @@ def config_path(name: str) -> Path:
 
 
 def prepare_device(device: str) -> None:
-    """Settings that must stand before JAX is imported, then JAX itself; UserError if there is no such device."""
-    if device != "auto":
-        os.environ["JAX_PLATFORMS"] = "cuda" if device == "gpu" else device
+    """Settings that must stand before JAX starts, then JAX itself; UserError if there is no such device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
+    if device != "auto":
+        jax.config.update("jax_platforms", "cuda" if device == "gpu" else device)
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # RuntimeError, or AssertionError where JAX has no plugin for it
+        reason = (str(error).splitlines() or ["JAX has no plugin for it: install the extra cuda or tpu"])[0]
         raise UserError(f"device: there is no {device} that JAX can use here ({reason})") from None
+    if device not in ("auto", backend):
+        raise UserError(f"device: JAX runs on {backend} in this process already, so it cannot take the {device}")
     if backend != "cpu":
         # Compiling for an accelerator takes minutes; what was compiled once is kept.
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlvd_jax" / "compiled"
@@ -50,6 +55,16 @@ def prepare_device(device: str) -> None:
             cache.mkdir(parents=True, exist_ok=True)
             if not jax.config.jax_compilation_cache_dir:
                 jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def write_config(study) -> None:
+    """The study's settings, overrides and defaults in, beside its results: a config that repeats it."""
+    import yaml
+
+    path = study.root / "config.yaml"
+    temporary = path.with_name(".config.yaml.tmp")
+    temporary.write_text(yaml.safe_dump(study.config.written(), sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -82,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         "--plan", action="store_true", help="print the steps, what is done and what each costs; do nothing"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    args = parser.parse_args(argv)
-    if "=" in args.config:
+    args = parser.parse_intermixed_args(argv)
+    if "=" in args.config and not Path(args.config).is_file():
         args.overrides.insert(0, args.config)
         args.config = "demo"
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -91,6 +106,15 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except UserError as error:
         print(f"rlvd_jax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"rlvd_jax: {where}{error.strerror}; put that right, and the same command goes on from here",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -108,20 +132,22 @@ def run(args: argparse.Namespace) -> int:
 
         print(plan(study))
         return 0
-    for problems in dict.fromkeys(p for _, p in study.needed):
-        study.problems(problems)  # bad input is told before anything is computed
+    for step in study.steps:  # bad input is told before anything is computed: this looks at every set of problems ...
+        study.identity(step.model)
+        if step.problems:
+            study.problems(step.problems)
     prepare_device(config.device)
     with only_one(study.root):
-        import yaml
-
         from rlvd_jax.grading import Grader
+        from rlvd_jax.plan import architecture
         from rlvd_jax.publish import publish
         from rlvd_jax.report import summary_table
         from rlvd_jax.work import Work
 
-        resolved = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-        (study.root / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
         todo = [step for step in study.steps if not study.done(step)]
+        for step in todo:
+            architecture(study, step.model)  # ... and at every configuration of a checkpoint
+        write_config(study)
         print(f"{config.study}: {len(study.steps)} steps, {len(study.steps) - len(todo)} done; results in {study.root}")
         with Grader(config.grader.workers, config.grader.deadline) as grader:
             work = Work(study, grader, progress=not args.quiet)
