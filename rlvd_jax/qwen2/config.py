@@ -35,12 +35,15 @@ class Qwen2Config:
             raise UserError(f"{directory}: no config.json, so this is not a Hugging Face checkpoint") from None
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{path}: holds no JSON object, so this is not a Hugging Face checkpoint")
         return cls.from_dict(data, str(path))
 
     @classmethod
     def from_dict(cls, data: dict, source: str = "config") -> Qwen2Config:
         """From the contents of a config.json; `source` names it in errors."""
-        architecture = (data.get("architectures") or [data.get("model_type")])[0]
+        named = data.get("architectures") or data.get("model_type")
+        architecture = named[0] if isinstance(named, list) else named
         if architecture not in ("Qwen2ForCausalLM", "qwen2"):
             raise UserError(f"{source}: architecture {architecture} is not supported, only Qwen2ForCausalLM is")
         # transformers 5 moved rope_theta into rope_parameters.
@@ -73,11 +76,18 @@ class Qwen2Config:
             raise UserError(f"{source}: {error.args[0]} is missing") from None
         except (TypeError, ValueError) as error:
             raise UserError(f"{source}: a size is not a number: {error}") from None
+        except ZeroDivisionError:
+            raise UserError(f"{source}: num_attention_heads is 0") from None
+        for name, value in dataclasses.asdict(config).items():
+            if name != "tie_word_embeddings" and not value > 0:
+                raise UserError(f"{source}: {name} is {value}, but it must be positive")
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(
                 f"{source}: {config.num_attention_heads} query heads cannot share "
                 f"{config.num_key_value_heads} key-value heads"
             )
+        if config.head_dim % 2:
+            raise UserError(f"{source}: head_dim is {config.head_dim}, but rotary positions need an even one")
         return config
 
     def to_dict(self) -> dict:

@@ -21,8 +21,9 @@ RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tenso
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     """A mesh of all devices; UserError if the axes don't multiply to their number."""
+    config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = config.fsdp * config.tensor

@@ -7,6 +7,7 @@ its device and into its place in the stacked layers, so the host holds about 256
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
+from rlvd_jax.qwen2.mesh import make_mesh, param_shardings, path_name
 from rlvd_jax.qwen2.model import Qwen2, Weight, layer_weights, top_weights
 
 READ_AT_ONCE = 1 << 28  # bytes of a weight's layers that are read together
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that are weights without further ado
 
 # What a checkpoint directory holds besides weights and config.json.
 COMPANIONS = (
@@ -42,18 +44,20 @@ COMPANIONS = (
 
 
 def _files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or the one there is."""
+    """The safetensors files of a checkpoint: those of its index, else `model.safetensors`, else all there are."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not a safetensors index ({error!r})") from None
-        missing = [n for n in names if not (directory / n).exists()]
+            files = [directory / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a safetensors index ({error!r}); download it again") from None
+        missing = [file.name for file in files if not file.exists()]
         if missing:
             raise UserError(f"{directory}: {missing[0]} is named in the index but missing; download it again")
-        return [directory / n for n in names]
-    files = sorted(directory.glob("*.safetensors"))
+        return files
+    one = directory / "model.safetensors"
+    files = [one] if one.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError(f"{directory}: holds no safetensors file; other weight formats are not read")
     return files
@@ -91,19 +95,35 @@ def _check(directory: Path, config: Qwen2Config, tensors: dict) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"{directory}: the checkpoint {what} {', '.join(names[:3])}{more}; its config.json describes another model"
+                f"{directory}: the checkpoint {what} {', '.join(names[:3])}{more}; config.json describes another model"
             )
     for name, (_, _, w) in declared.items():
         shape = tuple(tensors[name].get_shape())
         wanted = w.shape[::-1] if w.matrix else w.shape
         if shape != wanted:
             raise UserError(f"{directory}: {name} has shape {list(shape)}, config.json says {list(wanted)}")
+        if tensors[name].get_dtype() not in FLOATS:
+            raise UserError(
+                f"{directory}: {name} is stored as {tensors[name].get_dtype()}; only {', '.join(FLOATS)} are read"
+            )
 
 
 def _read(tensor, w: Weight, index: tuple[slice, ...], dtype) -> np.ndarray:
     """One tensor's part at `index` of our layout."""
     part = tensor[index[1], index[0]].T if w.matrix else tensor[index]
-    return np.ascontiguousarray(part).astype(dtype)
+    return np.ascontiguousarray(part).astype(dtype, copy=False)
+
+
+def _place_parts(shape, sharding: NamedSharding, read) -> jax.Array:
+    """An array of what `read(index)` gives for each device's part; a part of several devices is read once."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index):
+        if (key := str(index)) not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -114,8 +134,7 @@ def _place(stack, value, i):
 def _load_one(tensors: dict, w: Weight, layers: int | None, sharding: NamedSharding, dtype) -> jax.Array:
     """One weight of the model; of all layers together where it has a layer axis."""
     if layers is None:
-        read = partial(_read, tensors[w.name], w, dtype=dtype)
-        return jax.make_array_from_callback(w.shape, sharding, read)
+        return _place_parts(w.shape, sharding, lambda index: _read(tensors[w.name], w, index, dtype))
     bytes_of_layer = int(np.prod(w.shape)) * jnp.dtype(dtype).itemsize
     piece = min(layers, max(1, READ_AT_ONCE // bytes_of_layer))
     stack = None
@@ -126,7 +145,7 @@ def _load_one(tensors: dict, w: Weight, layers: int | None, sharding: NamedShard
             chosen = range(start, start + count)[index[0]]
             return np.stack([_read(tensors[w.name.format(i)], w, index[1:], dtype) for i in chosen])
 
-        value = jax.make_array_from_callback((count, *w.shape), sharding, read)
+        value = _place_parts((count, *w.shape), sharding, read)
         if count == layers:
             return value
         if stack is None:
@@ -162,15 +181,11 @@ def load(
 
 
 def _fill(params: nnx.State, arrays: dict[str, jax.Array]) -> nnx.State:
-    from rlvd_jax.qwen2.mesh import path_name
-
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[path_name(path)], params)
 
 
 def by_path(params: nnx.State) -> dict[str, jax.Array]:
     """Weights by their path, `layers/q` or `embedding`."""
-    from rlvd_jax.qwen2.mesh import path_name
-
     return {path_name(path): value for path, value in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
@@ -186,23 +201,38 @@ def save(
     """Write an ordinary Hugging Face directory, whole or not at all, in place of what stands there.
 
     `source` gives the tokenizer and generation files, and what its config.json says besides the architecture;
-    `shard_bytes` is the largest safetensors file (one file needs no index).
+    `shard_bytes` is the largest safetensors file (one file needs no index). What stood there is moved aside
+    (`.NAME.old`) before the new directory takes its name, and put back by the next save if this one was killed
+    between the two. UserError if it cannot be written.
     """
-    directory = Path(directory)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    directory = Path(os.path.realpath(directory))
+    new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory}: is a file, so no checkpoint directory can be written there")
+    if source is not None:
+        Qwen2Config.from_directory(source)  # a clear error before anything is written
     try:
-        temporary.mkdir(parents=True)
-        _write(params, config, temporary, Path(source) if source else None, jnp.dtype(dtype), shard_bytes)
-        for path in temporary.iterdir():
+        if old.exists() and not directory.exists():
+            os.replace(old, directory)
+        for rest in (new, old):
+            if rest.exists():
+                shutil.rmtree(rest)
+        new.mkdir(parents=True)
+        _write(params, config, new, Path(source) if source is not None else None, jnp.dtype(dtype), shard_bytes)
+        for path in new.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
-    except OSError as error:
-        raise UserError(f"{directory}: the checkpoint could not be written: {error.strerror or error}") from None
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(new, directory)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{directory}: the checkpoint could not be written: {reason}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            os.replace(old, directory)
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dtype, shard_bytes: int) -> None:
@@ -234,9 +264,13 @@ def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dt
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     data = config.to_dict()
     if source:
-        data = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        data |= json.loads((source / "config.json").read_text(encoding="utf-8")) | dataclasses.asdict(config)
+        for name in ("rope_parameters", "rope_scaling", "dtype"):  # said by rope_theta and torch_dtype
+            data.pop(name, None)
         for name in COMPANIONS:
-            if (source / name).exists():
+            if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
-    data |= {"max_position_embeddings": config.max_position_embeddings, "torch_dtype": dtype.name}
+    data["torch_dtype"] = dtype.name
     (directory / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    for path in directory.glob("*.safetensors"):  # safetensors gives only the owner the right to read
+        path.chmod((directory / "config.json").stat().st_mode)

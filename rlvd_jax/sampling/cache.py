@@ -50,7 +50,7 @@ def append(layer, layout: Layout, positions, k, v):
     keys, values = layer
     slot = jnp.arange(positions.shape[0])
     k, v = k.astype(keys.dtype), v.astype(values.dtype)
-    how = dict(unique_indices=True, mode="promise_in_bounds")
+    how = {"unique_indices": True, "mode": "promise_in_bounds"}
     if layout == "fused":
         return keys.at[slot, positions].set(k, **how), values.at[slot, positions].set(v, **how)
     return keys.at[slot, :, :, positions].set(k, **how), values.at[slot, :, positions].set(v, **how)

@@ -7,7 +7,6 @@ weights are read and by the number of kernels.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from rlvd_jax.qwen2.attention import attend
@@ -68,8 +67,7 @@ def prefill(c: Qwen2Config, weights, tokens, lengths):
     → (keys and values of each layer, [prompts, time, kv_heads, head_dim]; hidden states [prompts, hidden] of
     each prompt's last token).
     """
-    prompts, time = tokens.shape
-    at = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), tokens.shape)
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segments = (at < lengths[:, None]).astype(jnp.int32)
     rope = rope_table(at, c.head_dim, c.rope_theta)
     x = weights["embedding"][tokens]
