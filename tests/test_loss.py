@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import training_helpers as tiny
 
 from rlvd_jax.training.batches import Example, pack, token_weights
 from rlvd_jax.training.loss import Objective, loss, segment_mean, token_logprobs
@@ -20,6 +21,12 @@ RESPONSES = [
 ]
 REWARDS = np.array([[1, -1, -1], [-1, -1, -1], [1, 1, -1]])
 NORMALISERS = ["batch", "sequence", "constant"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly():
+    with tiny.quick_compilation():
+        yield
 
 
 def tables(seed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -155,6 +156,15 @@ def run_sft(directory, *, config=None, **changes):
         "progress": False,
     }
     return sft.train(config or sft_config(), **arguments | changes)
+
+
+@contextlib.contextmanager
+def quick_compilation():
+    """Half the time to compile, for code that runs once."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def at(number: int, name: str):
