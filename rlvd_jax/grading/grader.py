@@ -35,8 +35,8 @@ class Grader:
     The deadline is processor time from the moment a worker starts on the response, so that a verdict doesn't depend on
     how busy the machine is. What passes it is wrong (`timeout`) and costs no other response anything. Reading the gold
     answer has a deadline of its own; where it fails, all responses to it are wrong at once. A worker that dies for
-    another reason, or gets nothing done in four deadlines of wall clock, may have been stopped from outside: the
-    response it was at is tried again, and is wrong (`crash`) at the third such death. A worker's memory is bounded.
+    another reason, or is silent for 20 deadlines of wall clock, may have been stopped from outside: the response it
+    was at is tried again, and is wrong (`crash`) at the third such death. A worker's memory is bounded.
 
     Use it as a context manager: leaving it, also by Ctrl-C, ends the workers. Safe to use from several threads.
 

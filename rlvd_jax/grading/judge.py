@@ -131,7 +131,7 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
         found = parse_answer(answers[i])
         return found, leaves([x for x in found if not isinstance(x, str)])
 
-    for g, i in founders.items():
+    for g, i in sorted(founders.items()):
         leaders[g] = None
         if i not in broken and spent() < budget:
             yield False, ("try", i, -1, spent())
@@ -228,6 +228,7 @@ def differ(a: tuple[complex, ...] | None, b: tuple[complex, ...] | None) -> bool
 _latex_to_sympy = math_verify.parser.parse_latex_cached.__wrapped__
 _create_parser = _Latex2Sympy.create_parser
 _parse_expr = sympy_parser.parse_expr
+_solve = math_verify.grader.solve
 _symbolic_eq = math_verify.grader.sympy_symbolic_eq
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,30})(\.[0-9]{1,30})?")
 
@@ -274,6 +275,12 @@ def _create_parser_in_two_stages(self, latex: str):
         return _create_parser(self, latex)
 
 
+@lru_cache(4096)
+def _solve_once(relation, symbols: frozenset):
+    """math-verify solves both relations anew for each pair of them."""
+    return _solve(relation, set(symbols))
+
+
 def _symbolic_eq_unless_different(a, b) -> bool:
     """math-verify's last test, `simplify(a - b)` is zero: nearly all the time of a comparison of unequal answers."""
     return not differ(leaves([a]), leaves([b])) and _symbolic_eq(a, b)
@@ -282,4 +289,5 @@ def _symbolic_eq_unless_different(a, b) -> bool:
 math_verify.parser.parse_latex_cached = _parse_latex
 sympy_parser.parse_expr = _parse_expr_or_number
 _Latex2Sympy.create_parser = _create_parser_in_two_stages
+math_verify.grader.solve = lambda relation, symbols: _solve_once(relation, frozenset(symbols))
 math_verify.grader.sympy_symbolic_eq = _symbolic_eq_unless_different

@@ -5,6 +5,7 @@ at; the rest of its batch goes back to the queue and a new worker takes over. Wo
 of a process with running threads, nothing of the caller's main module run again.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Protocol
 
 from rlvd_jax.errors import UserError
-from rlvd_jax.grading.worker import TIMED_OUT
 
+TIMED_OUT = "timed out"  # a worker's message in place of a task's: the task it was at passed its deadline
 MEMORY = 2 << 30  # bytes of address space for one worker; it needs 60 MB
-_RETIRE = 512 << 20  # bytes at which its working process is replaced between batches
+_RETIRE = 512 << 20  # bytes of growth after which its working process is replaced between batches
 _BATCH = 64  # tasks handed over at once, if together they have no more than _BATCH_CHARACTERS
 _BATCH_CHARACTERS = 1 << 20
 _START = 120  # seconds for a worker's imports, which take 0.4 s on an idle machine
-_WALL = 4  # deadlines of wall clock after which a worker that gets no processor time is given up
+_WALL = 20  # deadlines of wall clock after which a silent worker, which got too little processor time, is given up
 
 
 class Task(Protocol):
@@ -95,8 +96,9 @@ class Worker:
 
     def kill(self) -> None:
         """End both its processes; safe from any thread."""
-        if self.alive():
-            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it ended just now
+            if self.alive():
+                os.killpg(self.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """End it and close the pipes, which also ends what `kill` may have missed."""

@@ -6,7 +6,7 @@ also when the parent is gone. MEMORY bounds its address space in bytes.
 
 It is two processes: one that imports and warms everything and then only forks, and its child, which does the work. A
 child that passed its deadline is followed by a new one in milliseconds, and the parent is told (`TIMED_OUT`); so is one
-that has grown to RETIRE bytes, because math-verify's caches only grow. If the child dies of anything else, who knows
+that has grown by RETIRE bytes, because math-verify's caches only grow. If the child dies of anything else, who knows
 what is left in the pipes: then all of the worker ends.
 """
 
@@ -20,7 +20,8 @@ import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-TIMED_OUT = "timed out"
+from rlvd_jax.grading.pool import TIMED_OUT
+
 _RETIRED = 3  # exit status
 
 
@@ -62,7 +63,8 @@ def main(deadline: float, memory: int, retire: int) -> None:
 def serve(work: dict, tasks: Connection, messages: Connection, deadline: float, retire: int) -> None:
     """Do batches of tasks until the parent is done, or gone. Never returns."""
     try:
-        while not grown(retire):
+        limit = size() + retire
+        while size() < limit:
             for kind, *arguments in tasks.recv():
                 signal.setitimer(signal.ITIMER_PROF, deadline)
                 for message in work[kind](*arguments):
@@ -75,12 +77,12 @@ def serve(work: dict, tasks: Connection, messages: Connection, deadline: float, 
         os._exit(0)
 
 
-def grown(limit: int) -> bool:
-    """Whether this process has more than `limit` bytes of address space."""
+def size() -> int:
+    """Bytes of this process's address space."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") > limit
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return False  # not Linux
+        return 0  # not Linux
 
 
 if __name__ == "__main__":
