@@ -131,7 +131,8 @@ def plan(study: Study) -> str:
             )
         )
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    lines = ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+    sides = "<<>>>"  # numbers to the right
+    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows]
     notes = (
         "Tokens are the most there can be where no response of the study tells the usual length. Memory is what the "
         "largest arrays take with whole weights on each device; the sampler takes fewer slots where less is free."

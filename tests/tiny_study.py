@@ -6,16 +6,23 @@ log-probabilities as the output matrix. What a response may be, and how probable
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from rlvd_jax import config
 from rlvd_jax.demo import world
+from rlvd_jax.study import Study
 
 ROOT = Path(__file__).parents[1]
 WORDS = world.vocabulary()
@@ -76,7 +83,7 @@ def write_checkpoint(directory: Path, answers: dict[str, float], seed: int = 0) 
             "mlp.down_proj.weight": np.zeros((HIDDEN, WIDE)),
         }
         tensors |= {f"model.layers.{i}.{name}": value for name, value in layer.items()}
-    config = {
+    about = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": len(WORDS),
@@ -88,10 +95,11 @@ def write_checkpoint(directory: Path, answers: dict[str, float], seed: int = 0) 
         "head_dim": HEAD_DIM,
         "tie_word_embeddings": False,
         "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-12,
         "eos_token_id": ID[END],
     }
     world.write_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(about))
     tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -130,6 +138,17 @@ hardest: 3
 """
 
 
+class Whole(NamedTuple):
+    directory: Path
+    cache: Path
+    """What was compiled, for other processes."""
+    process: subprocess.CompletedProcess
+
+    def study(self) -> Study:
+        """Its steps, to be looked at with `directory` as the working directory."""
+        return Study(config.load("tiny.yaml"))
+
+
 def write(directory: Path) -> Path:
     """Everything that the study needs, and its config; → the config's path. It runs in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,3 +177,13 @@ def run(directory: Path, *arguments: str, cache: Path) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "rlvd_jax.run", "tiny.yaml", *arguments]
     env = environment(cache)
     return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=280, check=False)
+
+
+@functools.cache
+def whole() -> Whole:
+    """A study that ran from beginning to end with nothing in its way, once for all tests. Don't write there."""
+    directory = Path(tempfile.mkdtemp(prefix="tiny-study-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    write(directory)
+    cache = directory / "compiled"
+    return Whole(directory, cache, run(directory, "--quiet", cache=cache))
