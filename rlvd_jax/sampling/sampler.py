@@ -32,6 +32,7 @@ from rlvd_jax.sampling.filters import draw
 
 PREFILL = 8  # prompts that a device prefills at once
 MAX_SLOTS = 1024
+TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +209,14 @@ def _decode(mesh, c: Qwen2Config, layout: kv.Layout, f: Filter, span: int, weigh
     )
 
 
+@partial(jax.jit, static_argnums=0)
+def _take(mesh, x, rows):
+    """Rows of each device's part of x."""
+    return jax.shard_map(lambda x, rows: x[rows], mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))(
+        x, rows
+    )
+
+
 @partial(jax.jit, static_argnames=("mesh", "width"))
 def _harvest(mesh, width: int, tokens, logprobs, rows):
     def run(tokens, logprobs, rows):
@@ -330,8 +339,9 @@ class _Run:
             occupied = self.occupant[:, :, 0] >= 0
             if not occupied.any():
                 return
-            position = self._decode(occupied)
-            yield from self._harvest(occupied, position)
+            occupied = self._shrink(occupied)
+            produced = self._decode(occupied)
+            yield from self._harvest(occupied, produced)
 
     # ---- start responses -----------------------------------------------------------------------
 
@@ -426,6 +436,34 @@ class _Run:
             self.seed,
             where,
         )
+
+    # ---- the last responses ----------------------------------------------------------------------
+
+    def _shrink(self, occupied: np.ndarray) -> np.ndarray:
+        """Go on with a quarter of the slots or fewer once nothing waits and that is enough: a step costs what its slots
+        cost, idle or not, and the longest responses go on alone for long. → `occupied` of the slots that are left."""
+        live = occupied.sum(axis=1)
+        slots = bucket(int(live.max()))
+        if self.queue or any(self.pending) or 4 * slots > self.per_device:
+            return occupied
+        limit, produced = (np.asarray(x).reshape(occupied.shape) for x in (self.state.limit, self.state.produced))
+        if (limit - produced)[occupied].max() < TAIL:
+            return occupied
+        rows, idle = np.zeros((self.devices, slots), np.int32), np.ones((self.devices, slots), bool)
+        occupant = np.full((self.devices, slots, 2), -1, np.int64)
+        for d, n in enumerate(live):
+            rows[d, :n], idle[d, :n] = np.flatnonzero(occupied[d]), False
+            occupant[d, :n] = self.occupant[d, rows[d, :n]]
+        rows, idle = (self._put(x.reshape(-1), self.s._split) for x in (rows, idle))
+        take = partial(_take, self.s.mesh, rows=rows)
+        layers = self.state.cache
+        for i, layer in enumerate(layers):  # one by one, each old one freed before the next is moved
+            layers[i] = tuple(take(x) for x in layer)
+            del layer
+        rest = {name: take(x) for name, x in self.state._asdict().items() if name != "cache"}
+        self.state = Slots(cache=layers, **rest | {"done": rest["done"] | idle})
+        self.occupant, self.per_device = occupant, slots
+        return occupant[:, :, 0] >= 0
 
     # ---- decode and collect --------------------------------------------------------------------
 
