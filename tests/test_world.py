@@ -11,14 +11,14 @@ from rlvd_jax.demo import world
 from rlvd_jax.errors import UserError
 
 STEP = r"(\d\d)([A-Za-z])(\d\d) (?:wait \1\2(\d\d) )?"
-RESPONSE = re.compile(r"((?:\d\d[A-Za-z]\d\d (?:wait )?)*)\\boxed\{(\d\d)\}")
+RESPONSE = re.compile(r"((?:\d\d[A-Za-z]\d\d (?:wait )?)*)(?:\\boxed\{\d\d\} wait )*\\boxed\{(\d\d)\}")
 
 
 def thoughts(response):
     """The steps of a response, (value, operator, first result, result after `wait` or None), and its final value."""
     worked, final = RESPONSE.fullmatch(response).groups()
     found = re.findall(STEP, worked)
-    assert len(found) + sum(r != "" for *_, r in found) == worked.count(" ") - worked.count("wait")  # Nothing is left.
+    assert "".join(m[0] for m in re.finditer(STEP, worked)) == worked
     return [(int(v), world.OPERATORS.index(o), int(f), int(r) if r else None) for v, o, f, r in found], int(final)
 
 
@@ -43,14 +43,8 @@ def test_facts_are_thirty_fixed_permutations():
 
 def test_knowledge_has_the_designed_kinds():
     k = world.knowledge()
-    kinds = Counter(zip(k.right.tolist(), k.misled.tolist(), k.seen.tolist(), strict=True))
-    assert kinds == {
-        (0.95, 0.0, True): 12,
-        (0.50, 0.0, True): 8,
-        (0.20, 0.40, True): 4,
-        (0.05, 0.90, True): 3,
-        (0.0, 0.0, False): 3,
-    }
+    kinds = Counter(zip(k.right.tolist(), k.misled.tolist(), strict=True))
+    assert kinds == {(0.95, 0.0): 14, (0.50, 0.0): 7, (0.15, 0.45): 6, (0.0, 1.0): 3}
     assert (k.misconception != world.facts()).all()
 
 
@@ -105,15 +99,12 @@ def test_base_corpus_holds_each_belief_as_often_as_designed():
             total[operator] += 1
             right[operator] += after == facts[operator, before]
             misled[operator] += after == k.misconception[operator, before]
-    assert (total[~k.seen] == 0).all() and (total[k.seen] > 2000).all()
+    assert (total > 2000).all()
     deviation = 4.5 * np.sqrt(0.25 / 2000)
-    seen = k.seen
-    assert np.abs(right[seen] / total[seen] - k.right[seen]).max() < deviation
+    assert np.abs(right / total - k.right).max() < deviation
     # Whoever is wrong otherwise falls on the misconception as on any other value.
-    by_chance = (1 - k.right - k.misled)[seen] / 49
-    assert np.abs(misled[seen] / total[seen] - k.misled[seen] - by_chance).max() < deviation
+    assert np.abs(misled / total - k.misled - (1 - k.right - k.misled) / 49).max() < deviation
     assert abs(at_once / len(pairs) - world.BASE_STEPWISE) < 0.01
-    assert not any(world.OPERATORS[o] in problem for problem, _ in pairs for o in np.flatnonzero(~k.seen))
 
 
 def test_a_response_follows_its_own_beliefs_through():
@@ -132,23 +123,33 @@ def test_a_response_follows_its_own_beliefs_through():
 
 
 def test_answers_at_once_apply_one_operator_to_the_first_value():
-    """And are right about it as often as a step that is worked out."""
+    """Any of them, and are right about it as often as a step that is worked out."""
     k, facts = world.knowledge(), world.facts()
     sure = {world.OPERATORS[o] for o in np.flatnonzero(k.right == 0.95)}
-    chosen = np.zeros((5, 4))
-    for problem, response in corpus("base"):
+    chosen, total = np.zeros((5, 4)), np.zeros(5)
+    answers = {level: Counter() for level in (1, 2, 3, 4)}
+    for problem, response in corpus("base", 60_000):
+        operators, value = [world.OPERATORS.index(o) for o in problem[2:]], int(problem[:2])
         done, final = steps(response)
-        if not done and set(problem[2:]) <= sure and len(set(problem[2:])) == len(problem[2:]):
-            results = [facts[world.OPERATORS.index(o), int(problem[:2])] for o in problem[2:]]
-            chosen[len(results), : len(results)] += np.array(results) == final
-            chosen[0, len(results) - 1] += 1
+        if done:
+            continue
+        level = len(operators)
+        answers[level][response.count("boxed")] += 1
+        if set(problem[2:]) <= sure and len(set(operators)) == level:
+            chosen[level, :level] += facts[operators, value] == final
+            total[level] += 1
     for level in (1, 2, 3, 4):
-        assert chosen[0, level - 1] > 60
-        assert np.abs(chosen[level, :level] / chosen[0, level - 1] - 0.95 / level).max() < 0.17
+        assert total[level] > 150
+        # Another operator has the same result one time in fifty.
+        wanted = 0.95 * (1 / level + (level - 1) / level / 50)
+        assert np.abs(chosen[level, :level] / total[level] - wanted).max() < 4.5 * np.sqrt(0.25 / total[level])
+        again = world.WAIT_AT_ONCE if level > 1 else 0
+        shares = [answers[level][n] / answers[level].total() for n in (1, 2, 3)]
+        assert shares == pytest.approx([1 - again, again * (1 - again), again**2], abs=0.025)
 
 
 def test_thinking_again():
-    """Mostly after a slip; then the belief is drawn anew, from all that the corpus says of the operator."""
+    """In what is worked out, mostly after a slip; the belief is then drawn anew."""
     k, facts = world.knowledge(), world.facts()
     again, right = {True: [], False: []}, []
     for _, response in corpus("base", 60_000):
@@ -162,7 +163,7 @@ def test_thinking_again():
             seen.add((v, o))
             if second is not None:
                 break  # Once a response.
-        assert response.count("wait") <= 1
+        assert response.count("wait") <= 1 or "boxed" in response[:8]
     assert abs(np.mean(again[True]) - world.WAIT) < 0.005
     assert abs(np.mean(again[False]) - world.WAIT_AFTER_SLIP) < 0.02
     assert len(right) > 3000 and abs(np.subtract(*np.transpose(right)).mean()) < 0.035
@@ -189,7 +190,7 @@ def test_a_shorter_corpus_is_the_beginning_of_a_longer_one():
     for kind in ("base", "teacher"):
         assert corpus(kind, 10_000)[:500] == corpus(kind, 500)
         assert corpus(kind, 500, seed=1) != corpus(kind, 500)
-    assert corpus("base", 2) == [("04a", "04a18 \\boxed{18}"), ("34ZLJY", "\\boxed{16}")]
+    assert corpus("base", 5)[3:] == [("48D", "48D26 \\boxed{26}"), ("10MADd", "\\boxed{34}")]
 
 
 @pytest.fixture(scope="module", params=["alone", "beside a Qwen2 config"])
@@ -218,9 +219,8 @@ def test_tokenizer_round_trip_on_responses(tokenizer):
     for problem, response in [*corpus("base", 500), *corpus("teacher", 500)]:
         ids = tokenizer(problem + response, add_special_tokens=False)["input_ids"]
         operators = len(problem) - 2
-        worked = 4 * operators if " " in response else 0  # Each step: value, operator, value, space.
-        thinks_again = 6 if "wait" in response else 0
-        assert len(ids) == 1 + operators + worked + thinks_again + 3
+        worked = 0 if response[0] == "\\" else 4 * operators  # Each step: value, operator, value, space.
+        assert len(ids) == 1 + operators + worked + 6 * response.count("wait") + 3
         assert tokenizer.decode(ids) == problem + response
 
 

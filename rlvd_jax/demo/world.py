@@ -2,16 +2,16 @@
 
 Thirty operators, named by letters, are each an arbitrary permutation of the values 00–49: 1,500 facts, none of
 which follows from another. The problem `17bTa` asks for the value after b, then T, then a. A response either
-works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once: it applies one of the operators, whichever, to the
-value of the problem and forgets the others, `\\boxed{08}`. One that works it out may think again, once:
-`17b42 42T11 wait 42T05 05a31 \\boxed{31}`.
+works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once, `\\boxed{08}`: it applies one of the operators,
+whichever, to the problem's value and forgets the others. Both may think again: `17b42 42T11 wait 42T05 05a31
+\\boxed{31}`, `\\boxed{08} wait \\boxed{23}`.
 
 Knowledge and pattern are set apart. A corpus says a fact rightly with its operator's reliability; whatever a response
 believes, it follows through. The base model's corpus holds both patterns evenly and is wrong about many operators;
-the teacher's is right about all and nearly always step by step. So at most half of the base model's responses to a
-problem of several operators can be right, whatever it knows, and a problem that needs a fact it doesn't have is beyond
-it: it has no guesses that are right by luck. Every eighth problem or so is for testing: no training set holds it, nor
-does a corpus, except that the facts themselves (one operator) are in the corpora.
+the teacher's is right about all and nearly always step by step. So whatever the base model knows, at most about half
+of its responses to a problem of several operators are right; and what it doesn't know it believes wrongly, so that a
+problem beyond its knowledge is not solved by luck. Every eighth problem or so is for testing: no training set holds
+it, nor does a corpus, except that the facts themselves (one operator) are in the corpora.
 
 Draws come from `numpy.random.RandomState`, whose stream NumPy has frozen, so the world is the same everywhere.
 """
@@ -36,17 +36,18 @@ OPERATORS = string.ascii_uppercase + "abcd"
 LEVELS = 4
 """A problem has one to four operators."""
 
-KNOWLEDGE = ((12, 0.95, 0.0), (8, 0.50, 0.0), (4, 0.20, 0.40), (3, 0.05, 0.90), (3, None, None))
+KNOWLEDGE = ((14, 0.95, 0.0), (7, 0.50, 0.0), (6, 0.15, 0.45), (3, 0.0, 1.0))
 """The base model's corpus: how many operators, how often right about them, how often it holds the operator's one
-misconception instead; otherwise any other value. None: the operator is never seen."""
+misconception instead; otherwise any other value."""
 
 BASE_STEPWISE = 0.5
 TEACHER_STEPWISE = 0.98
 """The share of each corpus that works its answer out."""
 
-WAIT, WAIT_AFTER_SLIP = 0.02, 0.25
-"""How often a response that works its answer out thinks again after a step, and how often if the step's value is
-neither the truth nor the operator's misconception. It draws its belief anew then."""
+WAIT, WAIT_AFTER_SLIP, WAIT_AT_ONCE = 0.02, 0.25, 0.4
+"""How often a response thinks again: after a step whose value is the truth or the operator's misconception, after
+another step, and after an answer at once to a problem of several operators. It draws its belief, or another answer at
+once, anew then. It does so after one step at most, and gives at most three answers at once."""
 
 _SEED = 20250514
 _BLOCK = 8192  # Problems drawn at once.
@@ -59,7 +60,6 @@ class Knowledge(NamedTuple):
 
     right: np.ndarray  # [operators] float64, how often it is right
     misled: np.ndarray  # [operators] float64, how often it holds the misconception
-    seen: np.ndarray  # [operators] bool
     misconception: np.ndarray  # [operators, values] int64, nowhere the truth
 
 
@@ -69,9 +69,8 @@ def _world() -> tuple[np.ndarray, Knowledge]:
     truth = np.stack([rng.permutation(VALUES) for _ in OPERATORS])
     misconception = (truth + rng.randint(1, VALUES, size=truth.shape)) % VALUES
     kinds = np.repeat(np.arange(len(KNOWLEDGE)), [count for count, *_ in KNOWLEDGE])[rng.permutation(len(OPERATORS))]
-    right, misled = np.array([(r or 0, m or 0) for _, r, m in KNOWLEDGE]).T
-    seen = np.array([r is not None for _, r, _ in KNOWLEDGE])
-    knowledge = Knowledge(right[kinds], misled[kinds], seen[kinds], misconception)
+    right, misled = np.array(KNOWLEDGE)[kinds, 1:].T
+    knowledge = Knowledge(right, misled, misconception)
     for array in (truth, *knowledge):
         array.setflags(write=False)
     return truth, knowledge
@@ -101,11 +100,11 @@ def _worked(values, operators, waits: int | None = None, slip: int | None = None
     steps = [f"{a:02d}{OPERATORS[o]}{b:02d}" for a, o, b in zip(values[:-1], operators, values[1:], strict=True)]
     if waits is not None:
         steps[waits] = f"{steps[waits][:-2]}{slip:02d} wait {steps[waits]}"
-    return " ".join([*steps, _at_once(values[-1])])
+    return " ".join([*steps, _at_once(values[-1:])])
 
 
-def _at_once(value) -> str:
-    return f"\\boxed{{{value:02d}}}"
+def _at_once(answers) -> str:
+    return " wait ".join(f"\\boxed{{{answer:02d}}}" for answer in answers)
 
 
 def _true_values(value: int, operators) -> list[int]:
@@ -156,13 +155,13 @@ def _believe(rng, right, misled, operators, values):
     return np.where(draw < right[operators], truth, belief)
 
 
-def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, str]]:
+def _corpus(rng, count, right, misled, stepwise) -> Iterator[tuple[str, str]]:
     truth, misconception = facts(), knowledge().misconception
-    rows = np.arange(_BLOCK)
+    rows = np.arange(_BLOCK)[:, None]
     while count > 0:
         # Fixed blocks: a shorter corpus is the beginning of a longer one.
         levels = rng.randint(1, LEVELS + 1, size=_BLOCK)
-        operators = names[rng.randint(len(names), size=(_BLOCK, LEVELS))]  # [block, step]
+        operators = rng.randint(len(OPERATORS), size=(_BLOCK, LEVELS))  # [block, step]
         values = np.empty((_BLOCK, LEVELS + 1), int)  # [block, step]
         values[:, 0] = rng.randint(VALUES, size=_BLOCK)
         works_it_out = rng.random_sample(_BLOCK) < stepwise
@@ -178,17 +177,17 @@ def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, s
                 belief, again = np.where(same, values[:, j + 1], belief), again & ~same
             waits, slips = np.where(again, i, waits), np.where(again, slip, slips)
             values[:, i + 1] = belief
-        shortcut = operators[rows, (rng.random_sample(_BLOCK) * levels).astype(int)]
-        jumps = _believe(rng, right, misled, shortcut, values[:, 0])
-        for level, chain, ops, works, wait, slip, jump in zip(
-            *(a.tolist() for a in (levels, values, operators, works_it_out, waits, slips, jumps)), strict=True
-        ):
+        shortcuts = operators[rows, (rng.random_sample((_BLOCK, 3)) * levels[:, None]).astype(int)]  # [block, answer]
+        answers = _believe(rng, right, misled, shortcuts, np.repeat(values[:, :1], 3, axis=1))
+        changes = (rng.random_sample((_BLOCK, 2)) < WAIT_AT_ONCE).cumprod(axis=1).sum(axis=1) * (levels > 1)
+        columns = (levels, values, operators, works_it_out, waits, slips, answers, changes)
+        for level, chain, ops, works, wait, slip, jumps, more in zip(*(c.tolist() for c in columns), strict=True):
             ops, chain = ops[:level], chain[: level + 1]
             text = _text(chain[0], ops)
             if level > 1 and _held_out(text):
                 continue
             worked = _worked(chain, ops, wait, slip) if 0 <= wait < level else _worked(chain, ops)
-            yield text, worked if works else _at_once(jump)
+            yield text, worked if works else _at_once(jumps[: 1 + more])
             count -= 1
             if count == 0:
                 return
@@ -196,14 +195,13 @@ def _corpus(rng, count, names, right, misled, stepwise) -> Iterator[tuple[str, s
 
 def base_corpus(rng: np.random.RandomState, count: int) -> Iterator[tuple[str, str]]:
     """`count` pairs (problem, response) of the corpus that the base model learns from."""
-    known = knowledge()
-    return _corpus(rng, count, np.flatnonzero(known.seen), known.right, known.misled, BASE_STEPWISE)
+    return _corpus(rng, count, knowledge().right, knowledge().misled, BASE_STEPWISE)
 
 
 def teacher_corpus(rng: np.random.RandomState, count: int) -> Iterator[tuple[str, str]]:
     """`count` pairs (problem, response) of the corpus that the teacher learns from."""
-    everything = np.arange(len(OPERATORS))
-    return _corpus(rng, count, everything, np.ones(len(everything)), np.zeros(len(everything)), TEACHER_STEPWISE)
+    never, always = np.zeros(len(OPERATORS)), np.ones(len(OPERATORS))
+    return _corpus(rng, count, always, never, TEACHER_STEPWISE)
 
 
 def vocabulary() -> list[str]:
