@@ -73,10 +73,17 @@ def test_number_of_shapes_is_bounded():
     shapes = set()
     for _ in range(300):
         lengths = rng.integers(1, 1000, rng.integers(1, 60))
-        shapes.add(pack([example(1, n) for n in lengths], np.ones(60), row_tokens=2048, rows=2)["tokens"].shape)
-    # one micro-batch of 128, 192, … 1536, 2048; then 4 and 16 (at most 30 rows of 2048) of 2048
-    assert len(shapes) <= 11 and {s[0] for s in shapes} == {1, 4, 16}
-    assert {s[2] for s in shapes if s[0] > 1} == {2048}
+        shapes.add(pack([example(1, n) for n in lengths], np.ones(60), row_tokens=2048, micro_rows=2)["tokens"].shape)
+    # one micro-batch of 128, 192, … 1536, 2048, of one row or two; then 4 and 16 (at most 30 rows of 2048) of 2048
+    assert len(shapes) <= 20 and {s[0] for s in shapes} == {1, 4, 16}
+    assert {s[1:] for s in shapes if s[0] > 1} == {(2, 2048)}
+
+
+@pytest.mark.parametrize("shards, expected", [(1, 4), (2, 4), (3, 3), (4, 4), (8, 8)])
+def test_one_micro_batch_has_no_more_rows_than_it_needs(shards, expected):
+    """Three rows of 128 where 64 on each device are allowed."""
+    batch = pack([example(10, 90)] * 3, np.ones(3), row_tokens=128, micro_rows=64, shards=shards)
+    assert batch["tokens"].shape == (1, expected, 128)
 
 
 def test_layout_of_a_packed_row():
@@ -84,7 +91,7 @@ def test_layout_of_a_packed_row():
         example(2, 3, 100, logp=[-1.0, -2.0, -3.0], advantage=0.5),
         example(1, 2, 200, logp=[-4.0, -5.0], advantage=-1.5),
     ]
-    batch = pack(made, np.array([0.1, 0.2], np.float32), row_tokens=8, rows=2)
+    batch = pack(made, np.array([0.1, 0.2], np.float32), row_tokens=8, micro_rows=2, shards=2)
     assert {k: v.dtype.name for k, v in batch.items()} == {
         "tokens": "int32",
         "positions": "int32",
@@ -106,14 +113,14 @@ def test_layout_of_a_packed_row():
 
 
 def test_micro_batches_are_padded_to_a_power_of_4():
-    batch = pack([example(2, 6)] * 5, np.full(5, 0.2), row_tokens=8, rows=2)
+    batch = pack([example(2, 6)] * 5, np.full(5, 0.2), row_tokens=8, micro_rows=2)
     assert batch["tokens"].shape == (4, 2, 8) and batch["used"] == 3
     assert (batch["segments"] > 0).sum() == 40 and not batch["segments"][3].any()
 
 
 def test_too_long_an_example_is_refused():
     with pytest.raises(UserError, match="has 11 tokens, more than a training row holds"):
-        pack([example(5, 6)], [1.0], row_tokens=10, rows=1)
+        pack([example(5, 6)], [1.0], row_tokens=10, micro_rows=1)
 
 
 def numbered(count):
@@ -125,7 +132,7 @@ def answers(batch):
 
 
 def data(**changes):
-    settings = {"batch": 4, "epochs": 3, "seed": 5, "row_tokens": 64, "rows": 1}
+    settings = {"batch": 4, "epochs": 3, "seed": 5, "row_tokens": 64, "micro_rows": 1}
     return supervised(numbered(10), **settings | changes)
 
 

@@ -84,7 +84,7 @@ def np_gradient(f, x, step=1e-5):
     return g
 
 
-def batch_of(advantage, normalise, row_tokens=16, rows=4):
+def batch_of(advantage, normalise, row_tokens=16):
     a = advantages(REWARDS, advantage)
     examples = [
         Example(prompt, response, np.zeros(len(response)), a[g, i])
@@ -92,7 +92,7 @@ def batch_of(advantage, normalise, row_tokens=16, rows=4):
         for i, response in enumerate(group)
     ]
     weights = token_weights([len(e.response) for e in examples], normalise, LIMIT)
-    batch = pack(examples, weights, row_tokens=row_tokens, rows=rows)
+    batch = pack(examples, weights, row_tokens=row_tokens, micro_rows=4)
     assert batch["tokens"].shape[0] == 1
     return {k: jnp.asarray(v[0]) for k, v in batch.items() if k != "used"}
 

@@ -25,9 +25,9 @@ def quickly():
         yield
 
 
-def batch_of(examples, row_tokens=20, rows=1, normalise="batch"):
+def batch_of(examples, row_tokens=20, micro_rows=1, normalise="batch", shards=1):
     weights = token_weights([len(e.response) for e in examples], normalise, 12)
-    return pack(examples, weights, row_tokens=row_tokens, rows=rows)
+    return pack(examples, weights, row_tokens=row_tokens, micro_rows=micro_rows, shards=shards)
 
 
 def first_update(trainer, batch):
@@ -124,11 +124,11 @@ def test_packed_loss_and_gradient_equal_unpacked(supervised):
     assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum((g**2).sum() for g in tiny.leaves(unpacked))), rel=1e-4)
 
 
-@pytest.mark.parametrize("row_tokens, rows", [(20, 1), (20, 3)])
-def test_rows_and_micro_batches_change_nothing(policy, row_tokens, rows):
+@pytest.mark.parametrize("row_tokens, micro_rows", [(20, 1), (20, 3)])
+def test_rows_and_micro_batches_change_nothing(policy, row_tokens, micro_rows):
     examples = tiny.examples(9, policy=True)
     state, metrics = first_update(policy, batch_of(examples, 400, 1, "sequence"))
-    other, others = first_update(policy, batch_of(examples, row_tokens, rows, "sequence"))
+    other, others = first_update(policy, batch_of(examples, row_tokens, micro_rows, "sequence"))
     for name, value in metrics.items():
         assert others[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
     assert_close(gradient(other), gradient(state), 2e-6)
@@ -191,7 +191,7 @@ MESHES = [({}, None), ({"fsdp": 2, "tensor": 2}, Objective(ratio="sequence", kl=
 def three_updates(axes, objective):
     """Losses and gradient norms of three updates on a mesh, then the size of the weights."""
     trainer = Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(**axes), PLAIN, objective)
-    batch = batch_of(tiny.examples(21, policy=objective is not None), 20, trainer.rows(1))
+    batch = batch_of(tiny.examples(21, policy=objective is not None), shards=trainer.batch_shards)
     if objective:  # any numbers near the policy's
         batch |= {"old": batch["logp"], "reference": batch["logp"] - 0.1}
     state, batch = trainer.init(tiny.params()), trainer.place(batch)

@@ -14,7 +14,7 @@ One layout serves GRPO and SFT. A batch is a dict of arrays [micro, rows, T], T 
 The loss is the sum over tokens of weight × term, and weights come from the whole batch, so neither micro-batches nor
 devices change the normalisation. Compiled shapes are few: the micro axis is a power of 4 (the step's loop ends at
 `used`, so empty micro-batches cost nothing) and T is the row length asked for, or, where a batch fits one micro-batch
-of shorter rows, 2^k or 1.5 × 2^k tokens.
+of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number on each device is 2^k.
 """
 
 from __future__ import annotations
@@ -105,13 +105,19 @@ def arrange(lengths: Sequence[int], row_tokens: int, rows: int) -> tuple[int, li
     return size, packed
 
 
-def pack(examples: Sequence[Example], weights, *, row_tokens: int, rows: int) -> dict[str, np.ndarray]:
+def pack(
+    examples: Sequence[Example], weights, *, row_tokens: int, micro_rows: int, shards: int = 1
+) -> dict[str, np.ndarray]:
     """A batch (see the module) of `examples`; weights: [N], of each token of each response.
 
-    rows: rows of a micro-batch, over all devices. Examples are all with `logp` and `advantage` or all without.
-    Raises UserError if an example is longer than `row_tokens`.
+    micro_rows: the most rows of a micro-batch on each of the `shards` devices that rows are split over. Examples are
+    all with `logp` and `advantage` or all without. Raises UserError if an example is longer than `row_tokens`.
     """
-    size, packed = arrange([len(e) for e in examples], row_tokens, rows)
+    size, packed = arrange([len(e) for e in examples], row_tokens, micro_rows * shards)
+    fewer = shards
+    while fewer < len(packed):
+        fewer *= 2
+    rows = min(micro_rows * shards, fewer)
     used = -(-len(packed) // rows)
     micro = 1
     while micro < used:
@@ -139,7 +145,14 @@ def pack(examples: Sequence[Example], weights, *, row_tokens: int, rows: int) ->
 
 
 def supervised(
-    examples: Sequence[Example], *, batch: int, epochs: int, seed: int, row_tokens: int, rows: int
+    examples: Sequence[Example],
+    *,
+    batch: int,
+    epochs: int,
+    seed: int,
+    row_tokens: int,
+    micro_rows: int,
+    shards: int = 1,
 ) -> grain.IterDataset:
     """The packed batches of `epochs` passes over the examples, `batch` examples each, every token of a batch alike.
 
@@ -149,7 +162,8 @@ def supervised(
     """
 
     def packed(chosen):
-        return pack(chosen, token_weights([len(e.response) for e in chosen], "batch"), row_tokens=row_tokens, rows=rows)
+        weights = token_weights([len(e.response) for e in chosen], "batch")
+        return pack(chosen, weights, row_tokens=row_tokens, micro_rows=micro_rows, shards=shards)
 
     data = grain.MapDataset.source(examples).seed(seed % 2**32).shuffle()
     data = data.batch(batch, drop_remainder=False, batch_fn=list).repeat(epochs).map(packed)

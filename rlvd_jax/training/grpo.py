@@ -163,8 +163,8 @@ def practise(
 
 
 def to_batch(
-    config: GRPOConfig, groups: list[Group], questions: Questions, max_tokens: int, row_tokens: int, rows: int
-):
+    config: GRPOConfig, groups: list[Group], questions: Questions, max_tokens: int, row_tokens: int, shards: int
+) -> dict[str, np.ndarray]:
     """The packed batch of some groups.
 
     Weights come from all responses. Those with advantage 0 have no influence without a KL term, so they are left
@@ -178,7 +178,8 @@ def to_batch(
     ]
     weights = token_weights([len(e.response) for e in examples], config.normalise, max_tokens)
     taught = [i for i, e in enumerate(examples) if e.advantage or config.kl] or [0]
-    return pack([examples[i] for i in taught], weights[taught], row_tokens=row_tokens, rows=rows)
+    chosen = [examples[i] for i in taught]
+    return pack(chosen, weights[taught], row_tokens=row_tokens, micro_rows=config.micro_rows, shards=shards)
 
 
 def learn(config: GRPOConfig, trainer: Trainer, state: TrainState, batch, reference) -> tuple[TrainState, dict]:
@@ -336,9 +337,8 @@ def train(
                         sampler.load(state.params)
                     groups, drawn = practise(config, rollouts, sampler, questions, done["position"], step, seed)
                     with rollouts.timed("train"):
-                        batch = to_batch(
-                            config, groups, questions, settings.max_tokens, row_tokens, trainer.rows(config.micro_rows)
-                        )
+                        shards = trainer.batch_shards
+                        batch = to_batch(config, groups, questions, settings.max_tokens, row_tokens, shards)
                         state, learnt = learn(config, trainer, state, batch, reference)
                     check_finite(learnt, step + 1)
                     done = done | {"step": step + 1, "position": done["position"] + len(drawn)}

@@ -79,7 +79,8 @@ def train(
             epochs=config.epochs,
             seed=seed,
             row_tokens=config.max_length,
-            rows=trainer.rows(config.micro_rows),
+            micro_rows=config.micro_rows,
+            shards=trainer.batch_shards,
         )
     )
     epoch = -(-len(examples) // config.batch)  # steps

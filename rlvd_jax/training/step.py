@@ -85,10 +85,6 @@ class Trainer:
         discard(params)
         return state
 
-    def rows(self, micro_rows: int) -> int:
-        """Rows of a micro-batch over all devices, where each takes `micro_rows`."""
-        return micro_rows * self.batch_shards
-
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a packed batch on the mesh; every process passes the same batch."""
 
