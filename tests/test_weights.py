@@ -202,7 +202,7 @@ def damage(what, directory):
     if what == "many missing":
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-        return r"misses model.layers.3.input_layernorm.weight, (\S+), (\S+) and 9 more; config.json"
+        return r"misses model.layers.2.input_layernorm.weight, (\S+), (\S+) and 21 more; config.json"
     if what == "extra":
         rewrite(directory, lambda tensors: tensors.update(surprise=np.zeros(3, np.float32)))
         return r"the checkpoint holds unknown surprise; config.json describes another model"
@@ -416,50 +416,57 @@ def test_convert_as_a_command(broken, tmp_path):
 ON_EIGHT = """
     import sys
     import jax, numpy as np
-    from flax import nnx
     from rlvd_jax.config import MeshConfig
     from rlvd_jax.qwen2 import weights
     from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
     from tiny_qwen2 import logits, params_of
 
+    read, values = weights._read, 0
+
+    def counted(*how, **more):
+        global values
+        part = read(*how, **more)
+        values += part.size
+        return part
+
+    weights._read = counted
     assert len(jax.devices()) == 8
-    alone = weights.load(sys.argv[1])
-    assert {d for w in jax.tree.leaves(params_of(alone)) for d in w.devices()} == {jax.devices()[0]}
-    tokens = np.random.RandomState(0).randint(0, 60, (2, 8))
-    expected = logits(alone, tokens)
-    read = weights._read
-    meshes = [dict(data=8), dict(fsdp=8), dict(tensor=2, fsdp=2, data=2), dict(tensor=4, data=2)]
-    for i, sizes in enumerate(meshes):
-        weights.READ_AT_ONCE = 1 if i == 2 else 1 << 28
-        values = 0
-
-        def counted(*how, **more):
-            global values
-            part = read(*how, **more)
-            values += part.size
-            return part
-
-        weights._read = counted
-        mesh = make_mesh(MeshConfig(**sizes))
-        model = weights.load(sys.argv[1], mesh=mesh)
-        assert values == model.config.parameters, (sizes, values)  # each read once, however many devices hold it
-        shardings, shards = param_shardings(model.config, mesh), 0
-        for path, array in weights.by_path(params_of(model)).items():
-            assert array.sharding.is_equivalent_to(shardings[path], array.ndim), (sizes, path, array.sharding)
-            assert (np.asarray(array) == np.asarray(weights.by_path(params_of(alone))[path])).all(), (sizes, path)
-            shards += array.addressable_shards[0].data.size < array.size
-        assert shards == 0 if sizes == dict(data=8) else shards > 6, (sizes, shards)
+    meshes = [dict(data=8), dict(fsdp=8), dict(tensor=4, data=2), dict(tensor=2, fsdp=2, data=2)]
+    for source, saved, meshes in (sys.argv[1], sys.argv[2], meshes), (sys.argv[3], sys.argv[4], meshes[-1:]):
+        alone = weights.load(source)
+        assert {d for w in jax.tree.leaves(params_of(alone)) for d in w.devices()} == {jax.devices()[0]}
+        tokens = np.random.RandomState(0).randint(0, 60, (2, 8))
+        expected = logits(alone, tokens)
+        for sizes in meshes:
+            weights.READ_AT_ONCE = 1 if "fsdp" in sizes else 1 << 28  # by the layer, or all at once
+            values = 0
+            mesh = make_mesh(MeshConfig(**sizes))
+            model = weights.load(source, mesh=mesh)
+            assert values == model.config.parameters, (sizes, values)  # each read once, however many devices hold it
+            shardings, shards = param_shardings(model.config, mesh), 0
+            for path, array in weights.by_path(params_of(model)).items():
+                assert array.sharding.is_equivalent_to(shardings[path], array.ndim), (sizes, path, array.sharding)
+                assert (np.asarray(array) == np.asarray(weights.by_path(params_of(alone))[path])).all(), (sizes, path)
+                shards += array.addressable_shards[0].data.size < array.size
+            assert shards == 0 if sizes == dict(data=8) else shards > 6, (sizes, shards)
         assert abs(logits(model, tokens) - expected).max() < 1e-5
-    weights.save(params_of(model), model.config, sys.argv[2])
+        weights.save(params_of(model), model.config, saved)
     print("fine")
 """
 
 
-def test_eight_devices(tiny_checkpoint, tiny_model, tmp_path):
+def test_eight_devices(tmp_path):
     """Sharded loads equal the one-device load, lie as the table says, and are saved whole."""
+    models = {name: random_model(config) for name, config in CONFIGS.items()}
+    paths = [
+        path
+        for name, model in models.items()
+        for path in (save(model, tmp_path / name, shard_bytes=40_000), tmp_path / f"{name}-saved")
+    ]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", textwrap.dedent(ON_EIGHT), tiny_checkpoint, tmp_path / "saved"]
+    command = [sys.executable, "-c", textwrap.dedent(ON_EIGHT), *paths]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "fine\n"
-    assert_same(weights.load(tmp_path / "saved"), tiny_model)
+    for name, model in models.items():
+        assert_same(weights.load(tmp_path / f"{name}-saved"), model)

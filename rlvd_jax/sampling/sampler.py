@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -80,6 +80,11 @@ class Slots(NamedTuple):
     key: jax.Array  # [slots, 2] of this response
     tokens: jax.Array  # [slots, max_tokens]
     logprobs: jax.Array  # [slots, max_tokens]
+
+
+@cache
+def _decode_weights(c: Qwen2Config, dtype, sharding: NamedSharding):
+    return jax.jit(partial(decoder.decode_weights, c=c, dtype=dtype), out_shardings=sharding)
 
 
 @partial(jax.jit, static_argnums=range(7))
@@ -254,7 +259,6 @@ class Sampler:
         self._split, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
         self._filter = Filter(settings.temperature, settings.top_k, settings.top_p)
         self._end_tokens = np.array(sorted(end_tokens), np.int32)
-        self._load = jax.jit(partial(decoder.decode_weights, c=config, dtype=dtype), out_shardings=self._whole)
         self.layout = kv.choose_layout(config, self.dtype, self.devices[0].platform)
         self.weights = None
 
@@ -262,7 +266,7 @@ class Sampler:
         """Take weights: cast to the sampler's dtype, laid out for decoding, whole on each device."""
         if jax.tree.leaves(params)[0].sharding.device_set != set(self.devices):
             params = jax.device_put(params, self._whole)
-        self.weights = self._load(params)
+        self.weights = _decode_weights(self.config, self.dtype, self._whole)(params)
 
     def plan(self, length: int, responses: int) -> int:
         """Slots on each device for caches of `length` positions and `responses` in all."""

@@ -1,0 +1,383 @@
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+from test_filters import exact, p_value
+from tiny_qwen2 import CONFIGS, logits, params_of, random_model
+
+from rlvd_jax.config import SamplingConfig
+from rlvd_jax.errors import UserError
+from rlvd_jax.sampling import Request, Sampler
+from rlvd_jax.sampling import sampler as sampler_module
+
+ROOT = Path(__file__).parents[1]
+TIED = CONFIGS["tied"]
+SETTINGS = SamplingConfig(temperature=0.9, top_k=20, top_p=0.95, max_tokens=80)
+SEED = 3
+NEVER = (97, 98, 99)  # end tokens that are never drawn: the programs are those of three real ones
+
+
+def make_sampler(model, end_tokens=NEVER, dtype=jnp.float32, **settings):
+    sampler = Sampler(model.config, SETTINGS.model_copy(update=settings), end_tokens, dtype=dtype)
+    sampler.load(params_of(model))
+    return sampler
+
+
+def some_requests(samples=3, count=12):
+    """Prompts of 1 to 30 tokens, more of them than are prefilled at once."""
+    draw = np.random.RandomState(0)
+    lengths = [1, 30, 16, 17, *draw.randint(1, 30, count - 4)]
+    prompts = [tuple(draw.randint(0, 60, n).tolist()) for n in lengths]
+    return [Request(p, int(draw.randint(0, 2**32, dtype=np.uint64)), tuple(range(samples))) for p in prompts]
+
+
+def run(sampler, requests, seed=SEED):
+    """(question, sample) → completion; every one once."""
+    out = {}
+    for completion in sampler.sample(requests, seed):
+        key = requests[completion.request].question, completion.sample
+        assert key not in out
+        out[key] = completion
+    assert out.keys() == {(r.question, s) for r in requests for s in r.samples}
+    return out
+
+
+def assert_same(ours, theirs, atol=5e-5):
+    """The same tokens; log-probabilities up to the rounding of matrix products of other shapes."""
+    assert ours.keys() == theirs.keys()
+    for key, completion in ours.items():
+        np.testing.assert_array_equal(completion.tokens, theirs[key].tokens)
+        np.testing.assert_allclose(completion.logprobs, theirs[key].logprobs, atol=atol, rtol=0)
+        assert completion.stop == theirs[key].stop
+
+
+def differing(ours, theirs):
+    """Share of responses that differ."""
+    return np.mean([not np.array_equal(ours[key].tokens, theirs[key].tokens) for key in ours])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(TIED)
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    """Slots for all of `requests` at once (48)."""
+    return make_sampler(model)
+
+
+@pytest.fixture(scope="module")
+def narrow(model):
+    """Slots that are refilled many times."""
+    return make_sampler(model, slots=7)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return some_requests()
+
+
+@pytest.fixture(scope="module")
+def whole(sampler, requests):
+    """Every response to its full length."""
+    return run(sampler, requests)
+
+
+def forced(model, requests, completions, temperature):
+    """Log-probabilities of the completions' tokens from one forward pass each of the whole model, float64."""
+    by_key = {r.question: r.prompt for r in requests}
+    rows = [np.append(by_key[key[0]], c.tokens) for key, c in completions.items()]
+    tokens = np.zeros((len(rows), 112), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    logp = special.log_softmax(np.float64(logits(model, tokens)) / temperature, axis=-1)
+    out = {}
+    for row, ids, (key, c) in zip(logp, rows, completions.items(), strict=True):
+        at = np.arange(len(ids) - len(c.tokens), len(ids))
+        out[key] = row[at - 1, ids[at]]
+    return out
+
+
+# ---- distribution ------------------------------------------------------------------------------------
+
+
+def test_tokens_follow_the_filtered_softmax(model):
+    """The first token, drawn from the prompt's prefill, and the second, from a decode step after it: 100,000 draws."""
+    sampler = make_sampler(model, (), top_k=12, top_p=0.9, max_tokens=2, slots=8192)
+    prompt = (5, 41, 7, 7, 30)
+    drawn = np.array([c.tokens for c in sampler.sample([Request(prompt, 9, tuple(range(100_000)))], SEED)])
+    first = np.bincount(drawn[:, 0], minlength=61)
+    often = np.argsort(-first)[:4]
+    tokens = np.zeros((5, 8), np.int32)
+    tokens[:, :5] = prompt
+    tokens[1:, 5] = often
+    row = logits(model, tokens)
+    expected = exact(row[0, 4], 0.9, 12, 0.9)
+    assert (expected > 0).sum() > 3
+    assert p_value(first, expected) > 1e-4
+    assert p_value(first, exact(row[0, 4], 1.0, 12, 0.9)) < 1e-4
+    for token, after in zip(often, row[1:, 5], strict=True):
+        second = np.bincount(drawn[drawn[:, 0] == token, 1], minlength=61)
+        assert second.sum() > 1000
+        assert p_value(second, exact(after, 0.9, 12, 0.9)) > 1e-4
+
+
+def assert_forced(model, requests, completions, temperature):
+    for key, expected in forced(model, requests, completions, temperature).items():
+        np.testing.assert_allclose(completions[key].logprobs, expected, atol=1e-4, rtol=0)
+
+
+def test_log_probabilities_are_those_of_the_model(model, requests, whole):
+    """Of the untruncated distribution at the sampling temperature, over cache spans that grow."""
+    assert_forced(model, requests, whole, 0.9)
+
+
+def test_untied_embeddings(requests):
+    model = random_model(CONFIGS["untied"], seed=4)
+    requests = [r for r in requests if len(r.prompt) < 16]
+    completions = run(make_sampler(model, temperature=1.3, top_k=0, top_p=1.0, max_tokens=24), requests)
+    assert_forced(model, requests, completions, 1.3)
+
+
+def test_greedy_is_the_argmax_of_the_whole_model(model, requests):
+    completions = run(make_sampler(model, temperature=0), requests)
+    lengths = np.array([len(r.prompt) for r in requests])
+    tokens = np.zeros((len(requests), 112), np.int32)
+    for row, request in zip(tokens, requests, strict=True):
+        row[: len(request.prompt)] = request.prompt
+    rows = np.arange(len(requests))
+    logprobs = []
+    for i in range(80):
+        scores = np.float64(logits(model, tokens)[rows, lengths + i - 1])
+        tokens[rows, lengths + i] = scores.argmax(axis=1)
+        logprobs.append(special.log_softmax(scores, axis=1).max(axis=1))
+    for (question, _), completion in completions.items():
+        row = next(i for i, r in enumerate(requests) if r.question == question)
+        np.testing.assert_array_equal(completion.tokens, tokens[row, lengths[row] : lengths[row] + 80])
+        np.testing.assert_allclose(completion.logprobs, np.array(logprobs)[:, row], atol=1e-4, rtol=0)
+
+
+def test_bfloat16(requests):
+    model = random_model(TIED, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    requests = [r for r in requests if len(r.prompt) < 16]
+    completions = run(make_sampler(model, dtype=jnp.bfloat16, top_p=1.0, max_tokens=24), requests)
+    error = [completions[key].logprobs - row for key, row in forced(model, requests, completions, 0.9).items()]
+    assert 1e-4 < np.abs(np.concatenate(error)).mean() < 0.05
+
+
+# ---- the same responses, however they are drawn -------------------------------------------------------
+
+
+def test_slots_do_not_matter(narrow, requests, whole):
+    assert_same(run(narrow, requests), whole)
+
+
+def test_order_and_company_do_not_matter(sampler, narrow, requests, whole):
+    backwards = requests[::-1]
+    assert_same(run(sampler, backwards), whole)
+    # What a stopped run goes on with: other samples of some questions only.
+    rest = [Request(r.prompt, r.question, (2,) if i % 2 else (1, 2)) for i, r in enumerate(requests[4:])]
+    resumed = run(narrow, rest)
+    assert_same(resumed, {key: whole[key] for key in resumed})
+
+
+ON_EIGHT = """
+    import pickle, sys
+    import jax
+    from rlvd_jax.config import MeshConfig
+    from rlvd_jax.qwen2.mesh import make_mesh, shard_params
+    from test_sampler import TIED, make_sampler, params_of, random_model, run, some_requests
+
+    assert len(jax.devices()) == 8
+    model = random_model(TIED)
+    requests = some_requests()
+    sampler = make_sampler(model, slots=2)
+    first = run(sampler, requests)
+    held = {d for s in sampler.weights["embedding"].addressable_shards for d in [s.device]}
+    assert held == set(jax.devices())
+    sampler.load(shard_params(params_of(model), model.config, make_mesh(MeshConfig(fsdp=4, tensor=2))))
+    second = run(sampler, requests)
+    pickle.dump([first, second], sys.stdout.buffer)
+"""
+
+
+def test_devices_do_not_matter(requests, whole):
+    """Eight devices of two slots each, weights from one device and from all of them in parts."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(ON_EIGHT)], capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr.decode()
+    for completions in pickle.loads(result.stdout):
+        assert_same(completions, whole)
+
+
+def test_a_call_that_is_left_early(sampler, requests, whole):
+    """The next one is not disturbed."""
+    calls = sampler.sample(requests, SEED)
+    some = [next(calls) for _ in range(2)]
+    calls.close()
+    for c in some:
+        np.testing.assert_array_equal(c.tokens, whole[requests[c.request].question, c.sample].tokens)
+    assert_same(run(sampler, requests), whole)
+
+
+def test_what_does_matter(sampler, requests, whole):
+    """The seed, all 64 bits of it, the question's key and the sample's number."""
+    assert differing(run(sampler, requests, seed=SEED + 1), whole) > 0.9
+    assert differing(run(sampler, requests, seed=SEED + (1 << 32)), whole) > 0.9
+    assert differing(run(sampler, requests, seed=SEED - (1 << 63)), whole) > 0.9
+    prompt = requests[5].prompt
+    alike = run(sampler, [Request(prompt, key, tuple(range(12))) for key in (1, 2, 2**32 - 1)])
+    assert len({c.tokens.tobytes() for c in alike.values()}) == 36
+    again = run(sampler, [Request(prompt, 1, (11, 3)), Request(requests[0].prompt, 7, tuple(range(34)))])
+    assert all(np.array_equal(again[1, s].tokens, alike[1, s].tokens) for s in (3, 11))
+
+
+def test_new_weights(model, requests, whole):
+    sampler = make_sampler(random_model(TIED, seed=9))
+    assert differing(run(sampler, requests), whole) == 1
+    sampler.load(params_of(model))
+    assert_same(run(sampler, requests), whole)
+
+
+# ---- where responses end ------------------------------------------------------------------------------
+
+
+def cut(completion, ends, limit):
+    """What a response is, given all its tokens, if `ends` end it and it may have `limit` tokens."""
+    at = np.flatnonzero(np.isin(completion.tokens[:limit], ends))
+    length = at[0] + 1 if at.size else limit
+    return completion.tokens[:length], "end" if at.size else "length"
+
+
+def assert_cut(completions, whole, ends, limits):
+    stops = []
+    for key, completion in completions.items():
+        tokens, stop = cut(whole[key], ends, limits(key))
+        np.testing.assert_array_equal(completion.tokens, tokens)
+        np.testing.assert_allclose(completion.logprobs, whole[key].logprobs[: len(tokens)], atol=1e-5, rtol=0)
+        assert completion.stop == stop
+        assert completion.tokens.dtype == np.int32 and completion.logprobs.dtype == np.float32
+        stops.append((stop, len(tokens), limits(key)))
+    return stops
+
+
+@pytest.fixture(scope="module")
+def ends(whole):
+    """Three tokens that are drawn at middling rates, one of them as some response's very first."""
+    counts = np.bincount(np.concatenate([c.tokens for c in whole.values()]), minlength=61)
+    first = min((int(c.tokens[0]) for c in whole.values()), key=lambda t: counts[t])
+    return (first, *(int(t) for t in np.argsort(counts)[30:32]))
+
+
+def test_end_tokens(model, requests, whole, ends):
+    """Each of several ends a response, at its first place; slots are refilled as responses end."""
+    stops = assert_cut(run(make_sampler(model, ends, slots=7), requests), whole, ends, lambda key: 80)
+    kinds = {stop for stop, *_ in stops}
+    lengths = [length for _, length, _ in stops]
+    assert "end" in kinds and min(lengths) == 1 and len(set(lengths)) > 10
+
+
+def test_limits(model, narrow, requests, whole, ends):
+    """Of each sample, down to one token; an end token at the limit is an end."""
+    limits = {}
+    for r in requests:
+        for s in r.samples:
+            first = np.flatnonzero(np.isin(whole[r.question, s].tokens, ends))
+            exactly = int(first[0]) + 1 if first.size else 80
+            limits[r.question, s] = [max(1, exactly - 1), exactly, 1 + s][(s + len(r.prompt)) % 3]
+    limited = [
+        Request(r.prompt, r.question, r.samples, tuple(limits[r.question, s] for s in r.samples)) for r in requests
+    ]
+    stops = assert_cut(run(make_sampler(model, ends, slots=7), limited), whole, ends, limits.get)
+    assert {(stop, length == limit) for stop, length, limit in stops} >= {("end", True), ("length", True)}
+    too_many = [Request(requests[0].prompt, requests[0].question, (0,), (1000,))]
+    (completion,) = run(narrow, too_many).values()
+    assert len(completion.tokens) == 80
+
+
+def test_the_context_is_a_limit(narrow):
+    """Prompt and response together, and no more than max_tokens."""
+    long = Request(tuple(range(50)) + tuple(range(50)), 1, (0, 1))
+    longest = Request((3,) * 127, 2, (0,))
+    completions = run(narrow, [longest, long])
+    assert [len(completions[key].tokens) for key in ((1, 0), (1, 1), (2, 0))] == [28, 28, 1]
+    assert {c.stop for c in completions.values()} == {"length"}
+    for prompt in ((3,) * 128, ()):
+        with pytest.raises(UserError, match=rf"prompt 1 has {len(prompt)} tokens; the model's context takes 1 to 127"):
+            list(narrow.sample([long, Request(prompt, 2, (0,))], SEED))
+
+
+def test_nothing_to_do(narrow):
+    assert list(narrow.sample([], SEED)) == []
+    assert list(narrow.sample([Request((1, 2), 3, ())], SEED)) == []
+    assert len(run(narrow, [Request((1, 2) * 10, 3, ()), Request((1, 2) * 10, 4, (5,))])) == 1
+    with pytest.raises(ValueError, match="load"):
+        next(Sampler(TIED, SETTINGS, ()).sample([Request((1,), 1, (0,))], 0))
+
+
+# ---- work that is done ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_compiled_twice(sampler, requests):
+    compiled = []
+
+    def count(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    run(sampler, requests)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run(sampler, requests, seed=5)
+        assert compiled == []
+        run(sampler, [Request(r.prompt[:-1] or r.prompt, r.question, r.samples) for r in requests])  # other lengths
+        sampler.load(params_of(random_model(TIED, seed=2)))
+        assert compiled == []
+        jax.jit(lambda x: x * 3.25 + 1)(1.0)
+        assert compiled, "the count works"
+    finally:
+        jax.monitoring.clear_event_listeners()
+        sampler.load(params_of(random_model(TIED)))
+
+
+def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
+    calls = []
+    prefill = sampler_module._prefill
+    monkeypatch.setattr(sampler_module, "_prefill", lambda *a: (calls.append(a), prefill(*a))[1])
+    run(narrow, [Request(requests[1].prompt, 1, tuple(range(30)))])
+    assert len(calls) == 1, "30 samples through 7 slots"
+    calls.clear()
+    run(sampler, some_requests(count=16))
+    assert len(calls) == 16 / sampler_module.PREFILL
+
+
+def test_slots_that_fit_in_memory():
+    """Whole sixteens where there is room, no more than asked for or needed, and a sentence where none fits."""
+    each = 128 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size
+
+    def plan(responses, slots=None, room=None, devices=1):
+        sampler = Sampler(TIED, SETTINGS.model_copy(update={"slots": slots}), ())
+        stats = None if room is None else {"bytes_limit": (room * each + 1000) / 0.92, "bytes_in_use": 990}
+        sampler.devices = [SimpleNamespace(memory_stats=lambda: stats)] * devices
+        return sampler.plan(128, responses)
+
+    assert plan(5000) == 1024
+    assert plan(100) == 112
+    assert plan(100, devices=8) == 16
+    assert plan(100, slots=50) == 50
+    assert plan(3, slots=50) == 16
+    assert plan(5000, room=40.5) == 32
+    assert plan(5000, room=9.5) == 9
+    assert plan(10, room=40.5) == 16
+    with pytest.raises(UserError, match=r"max_tokens: one response of 128 positions needs .* lower max_tokens"):
+        plan(10, room=0.5)
