@@ -189,8 +189,9 @@ def shown(study: Study, graded: dict[str, dict[str, Graded]]) -> dict[str, list[
     config, out = study.config, {}
     for name in config.models:
         sets = [p for p, by_model in graded.items() if name in by_model]
-        of_comparison = [(c.base, p) for c in config.comparisons for p in c.problems if name in (c.base, c.other)]
-        base, problems = next(((b, p) for b, p in of_comparison if p in sets), (name, sets[-1] if sets else None))
+        own_first = sorted(config.comparisons, key=lambda c: name not in (c.base, c.other))
+        candidates = [(c.base, p) for c in own_first for p in c.problems if p in sets]
+        base, problems = candidates[0] if candidates else (name, sets[-1] if sets else None)
         if problems is None:
             continue
         reference = graded[problems][base]

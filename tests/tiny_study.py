@@ -119,7 +119,7 @@ models:
   wise: {from: ./wise}
   rl:
     grpo: {start: base, problems: train, steps: 4, questions: 4, samples: 6, evaluate_on: test, evaluate_every: 2,
-           evaluate_samples: 4, keep: last, checkpoint_every: 1, optimizer: {learning_rate: 5e-3, warmup_steps: 1}}
+           evaluate_samples: 4, keep: last, checkpoint_every: 1, optimizer: {learning_rate: 2e-3, warmup_steps: 1}}
   base-from-base:
     sft: &sft {student: base, teacher: base, problems: train, keep: 4, epochs: 2, batch: 4, max_length: 128,
                checkpoint_every: 1, optimizer: {learning_rate: 2e-3, warmup_steps: 1}}
