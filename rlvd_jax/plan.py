@@ -79,9 +79,10 @@ def cost(study: Study, step: Step) -> Cost:
             times = 1 + -(-grpo.steps // grpo.evaluate_every)
             evaluations = times * len(study.problems(grpo.evaluate_on)) * grpo.evaluate_samples
         row = grpo.row_tokens or sampling.max_tokens + 256
+        held = (12 + (itemsize if grpo.kl else 0)) * c.parameters  # weights and moments, and the start model
         memory = max(
             training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0),
-            sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, responses)) + 12 * c.parameters,
+            sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, responses)) + held,
         )
         return Cost(
             sampled=(grpo.steps * responses + evaluations) * length,

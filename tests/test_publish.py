@@ -165,12 +165,14 @@ def test_self_distillation_is_table_1(study, results):
         ("base", "rl", "base-from-rl"),
     ]
     assert {(r["train"], r["test"]) for r in rows} == {("train", "test")}
+    assert [r["model"] for r in results["self_distillation"]] == [r["model"] for r in rows]
     for row in results["self_distillation"]:
         for split in ("train", "test"):
-            wanted = results["problems"][split]["models"][row["model"]]["accuracy"]["value"]
-            found = row[split]["value"] if isinstance(row[split], dict) else row[split]
-            assert found in (wanted, split)
-    assert [r["model"] for r in results["self_distillation"]] == [r["model"] for r in rows]
+            accuracy = {m: e["accuracy"]["value"] for m, e in results["problems"][split]["models"].items()}
+            assert row[split]["value"] == accuracy[row["model"]]
+            if row["student"]:
+                gain = accuracy[row["model"]] - accuracy[row["student"]]
+                assert row[f"{split}_gain"]["value"] == pytest.approx(gain)
 
 
 def test_progress_of_the_training(study, results):
