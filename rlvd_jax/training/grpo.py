@@ -249,6 +249,8 @@ def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: 
     return {
         "reward": f"{rollout['reward']:+.2f}",
         "length": f"{rollout['length']:.0f}",
+        "Δlogp": f"{learnt['delta_logp']:.1e} (max {learnt['delta_logp_max']:.1e})",
+        "s": "+".join(f"{seconds[part]:.1f}" for part in ("sample", "grade", "train")),
         "tokens/s": f"{rates['tokens_per_second']:,.0f}",
     }
 
