@@ -200,24 +200,26 @@ ON_EIGHT = """
 
     assert len(jax.devices()) == 8
     model = random_model(TIED)
-    requests = some_requests()
-    sampler = make_sampler(model, slots=2)
+    ends, requests = pickle.load(sys.stdin.buffer)
+    sampler = make_sampler(model, ends, slots=3)
     first = run(sampler, requests)
-    held = {d for s in sampler.weights["embedding"].addressable_shards for d in [s.device]}
-    assert held == set(jax.devices())
+    assert {shard.device for shard in sampler.weights["embedding"].addressable_shards} == set(jax.devices())
     sampler.load(shard_params(params_of(model), model.config, make_mesh(MeshConfig(fsdp=4, tensor=2))))
-    second = run(sampler, requests)
+    second = run(sampler, requests[::-1])
     pickle.dump([first, second], sys.stdout.buffer)
 """
 
 
-def test_devices_do_not_matter(requests, whole):
-    """Eight devices of two slots each, weights from one device and from all of them in parts."""
+def test_devices_do_not_matter(model, ends):
+    """Eight devices of three slots that share questions; weights from one device, and in parts from all."""
+    requests = some_requests(samples=13)
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(ON_EIGHT)], capture_output=True, env=environment)
+    command = [sys.executable, "-c", textwrap.dedent(ON_EIGHT)]
+    result = subprocess.run(command, input=pickle.dumps((ends, requests)), capture_output=True, env=environment)
     assert result.returncode == 0, result.stderr.decode()
+    expected = run(make_sampler(model, ends, slots=7), requests)
     for completions in pickle.loads(result.stdout):
-        assert_same(completions, whole)
+        assert_same(completions, expected)
 
 
 def test_a_call_that_is_left_early(sampler, requests, whole):
