@@ -307,6 +307,33 @@ def test_limits(model, narrow, requests, whole, ends):
     assert len(completion.tokens) == 80
 
 
+def test_the_last_responses_move_to_fewer_slots(model, monkeypatch):
+    requests = some_requests(samples=6)
+    # Of 72 responses five are long: they end up alone.
+    requests = [
+        Request(
+            r.prompt,
+            r.question,
+            r.samples,
+            tuple(70 if (i, s) in {(0, 1), (3, 3), (5, 0), (8, 2), (11, 5)} else 4 for s in r.samples),
+        )
+        for i, r in enumerate(requests)
+    ]
+    sampler = make_sampler(model, slots=64)
+    stay = run(sampler, requests)
+    sizes, decode = [], sampler_module._decode
+
+    def watch(mesh, c, layout, f, span, weights, slots, *rest):
+        sizes.append(slots.done.shape[0])
+        return decode(mesh, c, layout, f, span, weights, slots, *rest)
+
+    monkeypatch.setattr(sampler_module, "_decode", watch)
+    monkeypatch.setattr(sampler_module, "TAIL", 8)
+    assert_same(run(sampler, requests), stay)
+    assert sizes[0] == 64
+    assert sizes[-1] == 16
+
+
 def test_the_context_is_a_limit(narrow):
     """Prompt and response together, and no more than max_tokens."""
     long = Request(tuple(range(50)) + tuple(range(50)), 1, (0, 1))
