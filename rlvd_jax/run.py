@@ -110,11 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"rlvd_jax: {where}{error.strerror}; put that right, and the same command goes on from here",
-            file=sys.stderr,
-        )
+        where = error.filename or "the study's folder"
+        print(f"rlvd_jax: {where}: {error.strerror}; put that right, and the same command goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
