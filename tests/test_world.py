@@ -44,8 +44,9 @@ def test_facts_are_thirty_fixed_permutations():
 def test_knowledge_has_the_designed_kinds():
     k = world.knowledge()
     kinds = Counter(zip(k.right.tolist(), k.misled.tolist(), strict=True))
-    assert kinds == {(0.95, 0.0): 14, (0.50, 0.0): 7, (0.15, 0.45): 6, (0.0, 1.0): 3}
-    assert (k.misconception != world.facts()).all()
+    assert kinds == {(0.95, 0.0): 13, (0.50, 0.0): 7, (0.20, 0.40): 4, (0.05, 0.85): 4, (0.0, 1.0): 2}
+    assert k.wrong.shape == (30, 50, 4) and (k.wrong != world.facts()[..., None]).all()
+    assert (np.diff(np.sort(k.wrong)) > 0).all()
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1024), ("test", 512), ("test", 7)])
@@ -89,7 +90,7 @@ def test_more_problems_than_there_are():
 
 def test_base_corpus_holds_each_belief_as_often_as_designed():
     k, facts = world.knowledge(), world.facts()
-    right, misled, total = np.zeros(30), np.zeros(30), np.zeros(30)
+    right, wrong, total = np.zeros(30), np.zeros((30, 4)), np.zeros(30)
     at_once = 0
     pairs = corpus("base", 60_000)
     for _, response in pairs:
@@ -98,12 +99,13 @@ def test_base_corpus_holds_each_belief_as_often_as_designed():
         for before, operator, after, _ in {(v, o): (v, o, f, r) for v, o, f, r in reversed(done)}.values():
             total[operator] += 1
             right[operator] += after == facts[operator, before]
-            misled[operator] += after == k.misconception[operator, before]
+            wrong[operator] += after == k.wrong[operator, before]
     assert (total > 2000).all()
     deviation = 4.5 * np.sqrt(0.25 / 2000)
     assert np.abs(right / total - k.right).max() < deviation
-    # Whoever is wrong otherwise falls on the misconception as on any other value.
-    assert np.abs(misled / total - k.misled - (1 - k.right - k.misled) / 49).max() < deviation
+    others = np.broadcast_to((1 - k.right - k.misled)[:, None] / 3, (30, 3))
+    assert np.abs(wrong / total[:, None] - np.column_stack([k.misled, others])).max() < deviation
+    assert (right + wrong.sum(axis=1) == total).all()
     assert abs(at_once / len(pairs) - world.BASE_STEPWISE) < 0.01
 
 
@@ -156,7 +158,7 @@ def test_thinking_again():
         seen = set()
         for v, o, first, second in thoughts(response)[0]:
             if (v, o) not in seen:
-                again[first in (facts[o, v], k.misconception[o, v])].append(second is not None)
+                again[first in (facts[o, v], k.wrong[o, v, 0])].append(second is not None)
             if second is not None:
                 assert (v, o) not in seen  # What has been settled is not taken up again.
                 right.append((second == facts[o, v], k.right[o]))
@@ -190,7 +192,7 @@ def test_a_shorter_corpus_is_the_beginning_of_a_longer_one():
     for kind in ("base", "teacher"):
         assert corpus(kind, 10_000)[:500] == corpus(kind, 500)
         assert corpus(kind, 500, seed=1) != corpus(kind, 500)
-    assert corpus("base", 5)[3:] == [("48D", "48D26 \\boxed{26}"), ("10MADd", "\\boxed{34}")]
+    assert corpus("base", 5)[1:4:2] == [("46WcKI", r"\boxed{30} wait \boxed{30}"), ("48D", r"48D40 \boxed{40}")]
 
 
 @pytest.fixture(scope="module", params=["alone", "beside a Qwen2 config"])

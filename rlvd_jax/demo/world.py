@@ -1,17 +1,17 @@
 """The demo's world: arbitrary facts to know, and two ways to answer a question about them.
 
 Thirty operators, named by letters, are each an arbitrary permutation of the values 00–49: 1,500 facts, none of
-which follows from another. The problem `17bTa` asks for the value after b, then T, then a. A response either
-works it out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once, `\\boxed{08}`: it applies one of the operators,
-whichever, to the problem's value and forgets the others. Both may think again: `17b42 42T11 wait 42T05 05a31
-\\boxed{31}`, `\\boxed{08} wait \\boxed{23}`.
+which follows from another. The problem `17bTa` asks for the value after b, then T, then a. A response either works it
+out, `17b42 42T05 05a31 \\boxed{31}`, or answers at once, `\\boxed{08}`: it applies one of the operators, whichever, to
+the problem's value and forgets the others. Either kind may think again: `17b42 42T11 wait 42T05 05a31 \\boxed{31}`,
+`\\boxed{08} wait \\boxed{23}`.
 
 Knowledge and pattern are set apart. A corpus says a fact rightly with its operator's reliability; whatever a response
-believes, it follows through. The base model's corpus holds both patterns evenly and is wrong about many operators;
-the teacher's is right about all and nearly always step by step. So whatever the base model knows, at most about half
-of its responses to a problem of several operators are right; and what it doesn't know it believes wrongly, so that a
-problem beyond its knowledge is not solved by luck. Every eighth problem or so is for testing: no training set holds
-it, nor does a corpus, except that the facts themselves (one operator) are in the corpora.
+believes, it follows through. The base model's corpus holds both patterns evenly and is wrong about many operators; the
+teacher's is right about all and nearly always step by step. So whatever the base model knows, at most about half of its
+responses to a problem of several operators are right. What it doesn't know it doesn't guess: each fact has its few
+wrong values, and a problem beyond its knowledge is seldom solved by luck. Every eighth problem or so is for testing: no
+training set holds it, nor does a corpus, except that the facts themselves (one operator) are in the corpora.
 
 Draws come from `numpy.random.RandomState`, whose stream NumPy has frozen, so the world is the same everywhere.
 """
@@ -36,9 +36,12 @@ OPERATORS = string.ascii_uppercase + "abcd"
 LEVELS = 4
 """A problem has one to four operators."""
 
-KNOWLEDGE = ((14, 0.95, 0.0), (7, 0.50, 0.0), (6, 0.15, 0.45), (3, 0.0, 1.0))
-"""The base model's corpus: how many operators, how often right about them, how often it holds the operator's one
-misconception instead; otherwise any other value."""
+KNOWLEDGE = ((13, 0.95, 0.0), (7, 0.50, 0.0), (4, 0.20, 0.40), (4, 0.05, 0.85), (2, 0.0, 1.0))
+"""The base model's corpus: how many operators, how often right about them, how often it holds the fact's misconception
+instead; otherwise one of the fact's other wrong values."""
+
+WRONG = 4
+"""Wrong values of each fact, the misconception among them."""
 
 BASE_STEPWISE = 0.5
 TEACHER_STEPWISE = 0.98
@@ -60,17 +63,18 @@ class Knowledge(NamedTuple):
 
     right: np.ndarray  # [operators] float64, how often it is right
     misled: np.ndarray  # [operators] float64, how often it holds the misconception
-    misconception: np.ndarray  # [operators, values] int64, nowhere the truth
+    wrong: np.ndarray  # [operators, values, WRONG] int64, what may be believed of a fact; first its misconception
 
 
 @cache
 def _world() -> tuple[np.ndarray, Knowledge]:
     rng = np.random.RandomState(_SEED)
     truth = np.stack([rng.permutation(VALUES) for _ in OPERATORS])
-    misconception = (truth + rng.randint(1, VALUES, size=truth.shape)) % VALUES
+    shift = 1 + rng.random_sample((*truth.shape, VALUES - 1)).argsort(axis=-1)[..., :WRONG]
+    wrong = (truth[..., None] + shift) % VALUES
     kinds = np.repeat(np.arange(len(KNOWLEDGE)), [count for count, *_ in KNOWLEDGE])[rng.permutation(len(OPERATORS))]
     right, misled = np.array(KNOWLEDGE)[kinds, 1:].T
-    knowledge = Knowledge(right, misled, misconception)
+    knowledge = Knowledge(right, misled, wrong)
     for array in (truth, *knowledge):
         array.setflags(write=False)
     return truth, knowledge
@@ -148,15 +152,13 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
 
 def _believe(rng, right, misled, operators, values):
     """Beliefs about `operators` of `values` (arrays of one shape), each drawn anew."""
-    truth = facts()[operators, values]
     draw = rng.random_sample(values.shape)
-    other = (truth + rng.randint(1, VALUES, size=values.shape)) % VALUES
-    belief = np.where(draw < right[operators] + misled[operators], knowledge().misconception[operators, values], other)
-    return np.where(draw < right[operators], truth, belief)
+    other = np.where(draw < right[operators] + misled[operators], 0, rng.randint(1, WRONG, size=values.shape))
+    return np.where(draw < right[operators], facts()[operators, values], knowledge().wrong[operators, values, other])
 
 
 def _corpus(rng, count, right, misled, stepwise) -> Iterator[tuple[str, str]]:
-    truth, misconception = facts(), knowledge().misconception
+    truth, misconception = facts(), knowledge().wrong[..., 0]
     rows = np.arange(_BLOCK)[:, None]
     while count > 0:
         # Fixed blocks: a shorter corpus is the beginning of a longer one.
