@@ -99,6 +99,7 @@ def test_the_hub(tmp_path):
             name for name in MODELS["some/model"] if name.partition(".")[2] in ("json", "safetensors", "jinja")
         )
         assert sorted(p.name for p in Path(planned).iterdir()) == there
+        assert all((Path(planned) / name).read_bytes() == MODELS["some/model"][name] for name in there)
         assert not any("pytorch" in name or "README" in name or "pth" in name for name in server.asked)
         nothing = "no such directory here, and no checkpoint from the hub: "
         assert [message for _, message in answers[1:5]] == [

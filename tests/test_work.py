@@ -96,6 +96,24 @@ def test_a_response_set_grows_to_what_it_would_be_undisturbed(here, whole, grade
     assert len(grown) == 36 and close(grown, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_at_the_very_end_is_not_lost(here, grader, monkeypatch, number):
+    from rlvd_jax.sampling import Sampler
+
+    sample = Sampler.sample
+
+    def until_told(self, requests, seed):
+        yield from sample(self, requests, seed)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Sampler, "sample", until_told)
+    s = study("sampling.samples=4", "sampling.slots=16")
+    step = Step("respond", "base", "test", 4)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        Work(s, grader, progress=False).run(step)
+    assert s.done(step), "all that was sampled is kept"
+
+
 def test_responses_are_what_was_drawn_and_what_the_grader_says(whole, monkeypatch):
     monkeypatch.chdir(whole.directory)
     s = whole.study()
@@ -202,16 +220,16 @@ def test_up_to_so_many_correct_responses_of_each_question(here):
 
 def test_the_choice_is_random_but_the_seeds(here):
     drawn = []
-    for seed in range(200):
+    for seed in range(80):
         s = study(f"seed={seed}", "sampling.samples=8", "models.base-from-base.sft.keep=2")
         answered(s, "base", {0: set(range(8)), 1: set(range(8))})
         drawn.append(tuple(chosen(s, "base-from-base")))
         if seed == 0:
             assert tuple(chosen(s, "base-from-base")) == drawn[0]
     pairs = Counter(sample for draw in drawn for _, sample in draw)
-    assert set(pairs) == set(range(8)) and all(abs(n - 100) < 30 for n in pairs.values())  # 3.5 standard deviations
+    assert set(pairs) == set(range(8)) and all(abs(n - 40) < 20 for n in pairs.values())  # 3.5 standard deviations
     alike = sum({k for q, k in draw if q == "train/0"} == {k for q, k in draw if q == "train/1"} for draw in drawn)
-    assert alike < 20, "questions draw independently: 1 in 28"
+    assert alike < 12, "questions draw independently: 1 in 28"
 
 
 def test_only_questions_that_a_model_solves(here):

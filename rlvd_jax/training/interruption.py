@@ -13,7 +13,8 @@ class Stopped(Exception):
 
 class Interruption:
     """While the context is open the first SIGINT or SIGTERM is only noted, and `check()` raises `Stopped`. A second
-    SIGINT raises KeyboardInterrupt at once. Outside the main thread, which alone gets signals, it does nothing."""
+    SIGINT raises KeyboardInterrupt at once. A signal that came too late for a `check()` is acted on when the context
+    closes. Outside the main thread, which alone gets signals, it does nothing."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -25,9 +26,11 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.signal is not None:
+            self.leave()
 
     def _note(self, number, _frame) -> None:
         if self.signal is not None and number == signal.SIGINT:
