@@ -45,7 +45,8 @@ def prepare_device(device: str) -> None:
         backend = jax.default_backend()
     except Exception as error:  # RuntimeError, or AssertionError where JAX has no plugin for it
         reason = (str(error).splitlines() or ["JAX has no plugin for it: install the extra cuda or tpu"])[0]
-        raise UserError(f"device: there is no {device} that JAX can use here ({reason})") from None
+        name = "device" if device == "auto" else device
+        raise UserError(f"device: there is no {name} that JAX can use here ({reason})") from None
     if device not in ("auto", backend):
         raise UserError(f"device: JAX runs on {backend} in this process already, so it cannot take the {device}")
     if backend != "cpu":
