@@ -88,6 +88,20 @@ def only_one(root: Path):
         yield
 
 
+def check_arithmetic(study, dtype: str) -> None:
+    """With `dtype: auto` the device decides how a study is computed: UserError where this one differs from the first."""
+    if study.config.dtype != "auto":
+        return
+    path = study.root / "arithmetic"
+    if not path.exists():
+        path.write_text(dtype + "\n")
+    elif (first := path.read_text().strip()) != dtype:
+        raise UserError(
+            f"{study.root}: was begun in {first}, and dtype: auto is {dtype} on this device; go on on the other kind of "
+            "device, or give the study another name"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rlvd_jax.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{config.study}: {len(study.steps)} steps, {len(study.steps) - len(todo)} done; results in {study.root}")
         with Grader(config.grader.workers, config.grader.deadline) as grader:
             work = Work(study, grader, progress=not args.quiet)
+            check_arithmetic(study, work.dtype.name)
             for i, step in enumerate(todo):
                 print(f"[{i + 1}/{len(todo)}] {step.name}", flush=True)
                 began = time.monotonic()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -383,3 +384,13 @@ def test_a_whole_run(monkeypatch):
     kept = config.load("runs/tiny/config.yaml")
     assert kept == study.config
     assert not any(p.name.endswith(".tmp") for p in Path("runs").rglob("*"))
+
+
+def test_a_study_is_not_continued_in_other_arithmetic(tmp_path):
+    study = SimpleNamespace(root=tmp_path, config=SimpleNamespace(dtype="auto"))
+    run.check_arithmetic(study, "float32")
+    run.check_arithmetic(study, "float32")
+    with pytest.raises(UserError, match=r"was begun in float32, and dtype: auto is bfloat16"):
+        run.check_arithmetic(study, "bfloat16")
+    study.config.dtype = "bfloat16"  # said in the config, it is part of every identity
+    run.check_arithmetic(study, "bfloat16")
