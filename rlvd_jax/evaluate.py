@@ -11,6 +11,7 @@ Needs no JAX and no accelerator.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import random
 import sys
@@ -112,7 +113,7 @@ def compare(models: dict[str, Responses], base: str, claims: list[str]) -> list[
             raise UserError(f"--claim {text}: '{kind}' is not a kind of claim{nearest(kind, known)}")
         if model and model not in models:
             raise UserError(f"--claim {text}: '{model}' is not among the models{nearest(model, models)}")
-        kinds |= {m: kind for m in ([model] if model else models)}
+        kinds |= dict.fromkeys([model] if model else models, kind)
     others = [model for model in models if model != base]
     for other in others:
         if not set(models[base].question) & set(models[other].question):
@@ -229,10 +230,8 @@ def summary(results: dict, unit: str) -> str:
 def versions() -> dict[str, str]:
     known = {"python": platform.python_version()}
     for package in ("rlvd_jax", "numpy", "math-verify", "latex2sympy2-extended", "pyarrow"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             known[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
     return known
 
 
@@ -291,7 +290,7 @@ def evaluate(args) -> dict:
     results = {
         "study": "evaluation",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {key: value for key, value in vars(args).items()} | {"columns": columns},
+        "settings": dict(vars(args).items()) | {"columns": columns},
         "versions": versions(),
         "notes": notes,
         "length_unit": unit,

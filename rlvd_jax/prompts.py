@@ -12,8 +12,8 @@ from rlvd_jax.errors import UserError, nearest
 TEMPLATES = {
     "r1": (
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
-        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
-        "The reasoning process is enclosed within <think> </think> and the answer is enclosed within "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the answer."
+        " The reasoning process is enclosed within <think> </think> and the answer is enclosed within "
         "<answer> </answer> tags. User: {question} Assistant: <think>"
     ),
     "qwen-math": (

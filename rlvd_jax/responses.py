@@ -90,9 +90,7 @@ class ResponseSet:
         for shard in self._shards:
             keys = _read(shard, ["problem_id", "sample"])
             if double := _enter(self._have, keys["problem_id"].to_pylist(), keys["sample"].to_pylist()):
-                raise UserError(
-                    f"{shard}: {double} is in an earlier shard too: if this file is a copy, remove it from the directory"
-                )
+                raise UserError(f"{shard}: {double} is in an earlier shard too: if this file is a copy, remove it")
 
     def _check_settings(self) -> None:
         path = self.directory / "set.json"

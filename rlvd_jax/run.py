@@ -89,7 +89,7 @@ def only_one(root: Path):
 
 
 def check_arithmetic(study, dtype: str) -> None:
-    """With `dtype: auto` the device decides how a study is computed: UserError where this one differs from the first."""
+    """With `dtype: auto` the device decides the arithmetic; UserError where this one differs from the first."""
     if study.config.dtype != "auto":
         return
     path = study.root / "arithmetic"
@@ -97,8 +97,8 @@ def check_arithmetic(study, dtype: str) -> None:
         path.write_text(dtype + "\n")
     elif (first := path.read_text().strip()) != dtype:
         raise UserError(
-            f"{study.root}: was begun in {first}, and dtype: auto is {dtype} on this device; go on on the other kind of "
-            "device, or give the study another name"
+            f"{study.root}: was begun in {first}, and dtype: auto is {dtype} on this device; go on on the other "
+            "kind of device, or give the study another name"
         )
 
 

@@ -68,7 +68,7 @@ def test_only_the_placeholder_is_replaced():
 
 
 def test_unknown_template():
-    with pytest.raises(UserError, match="'qwen_math' is neither a template .*did you mean 'qwen-math'"):
+    with pytest.raises(UserError, match=r"'qwen_math' is neither a template .*did you mean 'qwen-math'"):
         prompts.render("qwen_math", "x")
 
 

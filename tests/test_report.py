@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def study(models=("base", "rl", "taught"), n=32, questions=24, paper=True, probl
     ease = np.linspace(0, 1, questions) ** 2
     powers = dict(zip(models, np.linspace(1, 0.2, len(models)), strict=True))
     sets = {
-        name: {m: graded(ease**p * (0.02 < ease), n, seed=(i, j)) for j, (m, p) in enumerate(powers.items())}
+        name: {m: graded(ease**p * (ease > 0.02), n, seed=(i, j)) for j, (m, p) in enumerate(powers.items())}
         for i, name in enumerate(problems)
     }
     base, *others = models
@@ -535,7 +536,7 @@ def test_names_in_figures_do_not_overlap():
         right = figure.get_size_inches()[0] * figure.dpi
         assert len(boxes) == 9 and max(b.x1 for b in boxes) <= right
         boxes.sort(key=lambda b: b.y0)
-        assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:], strict=False))
+        assert all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
         labels = figures.success_counts(results["models"], list("abcdef"), look, "x")
         labels.canvas.draw()
         assert min(t.get_window_extent().x0 for t in labels.axes[0].get_yticklabels()) >= 0

@@ -6,7 +6,7 @@ DASH = "–"
 
 _CONTROLS = {c: 0x2400 + c for c in range(32) if c not in (9, 10)} | {127: 0x2421}
 _CONTROLS |= {c: f"⟨U+{c:04X}⟩" for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-_CONTROLS |= {c: 0xFFFD for c in (*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF)}
+_CONTROLS |= dict.fromkeys((*range(128, 160), *range(55296, 57344), 65534, 65535), 65533)
 
 
 def visible(text: str) -> str:
