@@ -6,7 +6,7 @@ responses have ended to be worth refilling; the host only fetches those and hand
 
 Every draw's key is a function of (seed, question, sample, position) alone, so the responses don't depend on the
 number of slots or devices, the order of the queue, or a restart (up to the rounding of matrix products of other
-shapes, which can tip a near-tie between two tokens in bfloat16).
+shapes, which moves log-probabilities by up to 1e-5 in float32 and can tip a near-tie between two tokens in bfloat16).
 """
 
 from __future__ import annotations
