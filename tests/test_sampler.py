@@ -72,7 +72,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    """Slots for all of `requests` at once (64). Its tests draw about as many, so that its programs are compiled once."""
+    """Slots for all of `requests` at once (64); its tests draw about as many, to share its programs."""
     return make_sampler(model)
 
 
