@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def load(directory: str | Path):
     Raises UserError if its files are missing or malformed, or if it has ids that the model (`vocab_size` in
     config.json) has no embedding for.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: it isn't needed here
     import transformers
 
     directory = Path(directory)
