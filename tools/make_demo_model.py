@@ -1,7 +1,25 @@
-"""Makes the demo's two models: python tools/make_demo_model.py [base] [teacher]
+"""Makes the demo's two models, demo-base and demo-teacher: `python tools/make_demo_model.py`.
 
-Data: the two corpora of `rlvd_jax.demo.world`, drawn as they are learnt (base: seed 1, teacher: seed 2, which
-are also the seeds of the initial weights). Nothing else goes in.
+Data: the two corpora of `rlvd_jax/demo/world.py`, drawn as they are learnt, and nothing else; no problem of the demo's
+test set that has several operators is in them. Loss on the responses only. Both models are a Qwen2.5 of 3 layers,
+96 wide, 342,432 parameters, trained in float32 and saved in bfloat16 (0.7 MB with the tokenizer).
+
+             seed   steps   problems     loss, nats a token   minutes on two cores
+    base        1   2,000   157 a step   4.51 → 0.40          9.5, with other work on them
+    teacher     2   1,200   122 a step   4.48 → 0.03          2.6
+
+The seed gives the corpus and the first weights. Another processor rounds otherwise, so it makes another model of the
+same kind: the shipped ones are those that the figures below belong to.
+
+What came out, at the demo's settings (256 responses at temperature 0.9, top-k 50); questions by how many are right:
+
+                              accuracy   pass@256   [0] [1–4] [5–16] [17–64] [65–128] [129–256]
+    base      64 test            0.232      0.875     8    17     10       9        6        14
+    base      384 training       0.217      0.893    41    92     69      66       57        59
+    teacher   64 test            0.988      1.000     0     0      0       0        0        64
+
+Half (0.49) of the base model's responses work the answer out, and 0.31 of those are right. It says `wait` 0.26 times a
+response, 0.06 in right and 0.32 in wrong ones. The mean response has 10 tokens; one in 100,000 doesn't end within 40.
 """
 
 from __future__ import annotations
@@ -29,7 +47,7 @@ MODELS = {
     "base": (world.base_corpus, 1, 2000),
     "teacher": (world.teacher_corpus, 2, 1200),
 }
-ROW = 64  # tokens of a packed row; the longest problem with its response takes 32
+ROW = 64  # tokens of a packed row; the longest problem with its response takes 31
 RATE = 3e-3  # the highest learning rate; it warms up over a twentieth of the steps and decays by a cosine
 STEPS_A_CALL = 25  # scanned on the device
 
@@ -131,7 +149,7 @@ def main(arguments=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(MODELS), help="make this one only")
     parser.add_argument("--out", type=Path, default=here, help="where base/ and teacher/ go (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps (default: base 2000, teacher 1200)")
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: as in MODELS)")
     parser.add_argument("--rows", type=int, default=40, help=f"rows of {ROW} tokens a step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=96, help="width (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="default: %(default)s")
