@@ -52,7 +52,7 @@ def refused(here, capsys):
     return refused
 
 
-STARTED = (".lock", "config.yaml")
+STARTED = (".lock", "arithmetic", "config.yaml")
 """All there is of a study that was refused in its first step."""
 
 
@@ -271,7 +271,7 @@ def test_another_process_runs_the_same_study(here, refused, capsys):
 
 
 def test_a_mesh_that_the_devices_do_not_make(here, refused):
-    assert refused("mesh={data: 1, fsdp: 64}", trace=STARTED).startswith(
+    assert refused("mesh={data: 1, fsdp: 64}", trace=[".lock", "config.yaml"]).startswith(
         "mesh: data × fsdp × tensor is 1 × 64 × 1, but"
     )
 
