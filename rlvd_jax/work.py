@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -156,6 +157,10 @@ class Work:
             except Stopped:
                 writer.close()
                 interruption.leave()
+            except Exception:
+                with contextlib.suppress(Exception):  # what came before the error is kept, if it can be
+                    writer.close()
+                raise
             writer.close()
 
     # ---- training ----------------------------------------------------------------------------------
