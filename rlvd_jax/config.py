@@ -90,6 +90,8 @@ class SamplingConfig(Settings):
     """Longest response, end token included."""
     slots: Positive | None = None
     """Responses in flight on each device; none: as many as the device's memory holds, 1,024 at most."""
+    tensor: Positive | None = None
+    """Devices that share one copy of the weights while sampling; none: as few as hold them."""
 
 
 class SamplingOverride(Settings):

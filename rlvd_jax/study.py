@@ -201,7 +201,7 @@ class Study:
     @staticmethod
     def sampling_identity(sampling) -> dict:
         """The sampling settings that a response depends on."""
-        return sampling.model_dump(mode="json", exclude={"samples", "slots"})
+        return sampling.model_dump(mode="json", exclude={"samples", "slots", "tensor"})
 
     def set_settings(self, model: str, problems: str) -> dict:
         """What identifies a response set (responses.py)."""

@@ -18,6 +18,7 @@ from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.sampling import Request, Sampler
 from rlvd_jax.sampling import sampler as sampler_module
+from rlvd_jax.sampling import slots as device
 
 ROOT = Path(__file__).parents[1]
 TIED = CONFIGS["tied"]
@@ -313,13 +314,13 @@ def test_the_last_responses_move_to_fewer_slots(sampler, requests, whole, monkey
     limited = [
         Request(r.prompt, r.question, r.samples, tuple(limits[r.question, s] for s in r.samples)) for r in requests
     ]
-    sizes, decode = [], sampler_module._decode
+    sizes, decode = [], device.decode
 
-    def watch(mesh, c, layout, f, span, weights, slots, *rest):
+    def watch(p, span, weights, layers, slots, *rest):
         sizes.append(slots.done.shape[0])
-        return decode(mesh, c, layout, f, span, weights, slots, *rest)
+        return decode(p, span, weights, layers, slots, *rest)
 
-    monkeypatch.setattr(sampler_module, "_decode", watch)
+    monkeypatch.setattr(device, "decode", watch)
     monkeypatch.setattr(sampler_module, "TAIL", 8)
     assert_cut(run(sampler, limited), whole, NEVER, limits.get)
     assert sizes[0] == 64
@@ -373,8 +374,8 @@ def test_nothing_is_compiled_twice(sampler, requests):
 
 def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
     calls = []
-    prefill = sampler_module._prefill
-    monkeypatch.setattr(sampler_module, "_prefill", lambda *a: (calls.append(a), prefill(*a))[1])
+    prefill = device.prefill
+    monkeypatch.setattr(device, "prefill", lambda *a: (calls.append(a), prefill(*a))[1])
     run(narrow, [Request(requests[1].prompt, 1, tuple(range(30)))])
     assert len(calls) == 1, "30 samples through 7 slots"
     calls.clear()

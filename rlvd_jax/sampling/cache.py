@@ -1,79 +1,145 @@
 """The keys and values of responses in flight: how they lie in memory, are written and are attended to.
 
-Two layouts, chosen once for a sampler. `fused` is what cuDNN's attention reads, [slots, positions, kv_heads,
-head_dim], and only the filled part of it is read. `plain` is for everything else: keys as [slots, kv_heads,
-head_dim, positions] and values as [slots, kv_heads, positions, head_dim], so that both matrix products run on the
-cache as it lies; transposing copies of the cache would cost more than the attention.
+Two ways to lay them out, chosen once for a sampler.
+
+`plain`, for CPUs and whatever the kernels don't take: each slot has room for a longest response; keys as [slots,
+kv_heads, head_dim, positions] and values as [slots, kv_heads, positions, head_dim], so that both matrix products run on
+the cache as it lies.
+
+`paged`, for GPUs (gpu.py) and TPUs (JAX's paged attention): [kv_heads, pages, page_size, head_dim], where a table says
+which page holds which positions of a slot. A response takes pages as it grows, the whole pages of a prompt are
+shared by its samples, and only what is filled is read.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.qwen2.layers import rotate
+from rlvd_jax.sampling import gpu
 
-Layout = Literal["fused", "plain"]
+Layout = Literal["plain", "gpu", "tpu", "interpret"]
+"""`plain`, or whose kernel attends to pages; `interpret` is the GPU's, step by step on any device, for tests."""
+
+TPU_PAGES = 4  # pages that the TPU's kernel reads at once
+
+
+class Place(NamedTuple):
+    """Where the newest token of each slot goes."""
+
+    position: jax.Array  # [slots] int32
+    live: jax.Array  # [slots] bool: what the others write is lost
+    table: jax.Array  # [slots, pages of a slot] int32; `plain`: not used
+    span: int  # `plain`: no position at or beyond it is filled
 
 
 def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
-    """The layout for a model on a platform: cuDNN's kernel takes bfloat16 heads of 64 or 128."""
-    return "fused" if platform == "gpu" and dtype == jnp.bfloat16 and c.head_dim in (64, 128) else "plain"
+    """The layout for a model on a platform: the kernels take bfloat16, the GPU's heads of 64 or 128."""
+    if dtype == jnp.bfloat16 and platform == "tpu":
+        return "tpu"
+    few = c.num_attention_heads <= gpu.QUERIES * c.num_key_value_heads
+    return "gpu" if dtype == jnp.bfloat16 and platform == "gpu" and c.head_dim in (64, 128) and few else "plain"
 
 
-def empty(c: Qwen2Config, layout: Layout, slots: int, length: int, dtype) -> list:
-    """Room for `slots` responses of `length` positions: keys and values of each layer."""
-    heads, dim = c.num_key_value_heads, c.head_dim
-    if layout == "fused":
-        shapes = ((slots, length, heads, dim),) * 2
-    else:
-        shapes = (slots, heads, dim, length), (slots, heads, length, dim)
-    return [tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(c.num_hidden_layers)]
+def page_size(layout: Layout) -> int:
+    """Positions of a page. Small ones share more of a prompt and waste less at a response's end; kernels like large."""
+    return {"gpu": 32, "tpu": 64, "interpret": 8}[layout]
 
 
-def insert(layer, prompt_layer, layout: Layout, slot, prompt):
-    """Copy prompts into slots. prompt_layer: keys and values [prompts, time, kv_heads, head_dim]; slot, prompt:
-    [inserts]; a slot out of range is left out."""
+def stored_dim(c: Qwen2Config, layout: Layout) -> int:
+    """A head's size in the cache: the TPU's kernel reads whole vectors of 128."""
+    return -(-c.head_dim // 128) * 128 if layout == "tpu" else c.head_dim
+
+
+def position_bytes(c: Qwen2Config, layout: Layout, itemsize: int) -> int:
+    """Bytes that one position of one response takes in all layers."""
+    return c.cache_bytes(itemsize) * stored_dim(c, layout) // c.head_dim
+
+
+def shapes(c: Qwen2Config, layout: Layout, kv_heads: int, slots: int, room: int):
+    """Shapes of a layer's keys and values. room: positions of a slot (`plain`), or pages."""
+    if layout != "plain":
+        return ((kv_heads, room, page_size(layout), stored_dim(c, layout)),) * 2
+    return (slots, kv_heads, c.head_dim, room), (slots, kv_heads, room, c.head_dim)
+
+
+def insert_slots(layer, prompt_layer, slot, prompt):
+    """`plain`: copy prompts into slots. prompt_layer: keys and values [prompts, time, kv_heads, head_dim]; slot,
+    prompt: [inserts]; a slot out of range is left out."""
     k, v = (new[prompt].astype(old.dtype) for new, old in zip(prompt_layer, layer, strict=True))
     time = k.shape[1]
     keys, values = layer
-    if layout == "fused":
-        return keys.at[slot, :time].set(k, mode="drop"), values.at[slot, :time].set(v, mode="drop")
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     return keys.at[slot, :, :, :time].set(k, mode="drop"), values.at[slot, :, :time].set(v, mode="drop")
 
 
-def append(layer, layout: Layout, positions, k, v):
-    """Write one position of every slot. positions: [slots]; k, v: [slots, kv_heads, head_dim]."""
+def insert_pages(layer, prompt_layer, source, to):
+    """`paged`: copy pages of prompts into the pool. source, to: [copies], the page among those of all prompts end to
+    end, and in the pool; one out of range there is left out."""
+
+    def put(old, new):  # [kv_heads, pages, page_size, dim], [prompts, time, kv_heads, head_dim]
+        size, dim = old.shape[2:]
+        pages = new.reshape(-1, size, *new.shape[2:])[source].transpose(2, 0, 1, 3).astype(old.dtype)
+        return old.at[:, to].set(jnp.pad(pages, [(0, 0)] * 3 + [(0, dim - pages.shape[3])]), mode="drop")
+
+    return tuple(put(old, new) for old, new in zip(layer, prompt_layer, strict=True))
+
+
+def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
+    """Write the newest key and value of each slot, and attend to all there is up to it.
+
+    qkv: [slots, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
+    positions. → (the layer's cache, [slots, heads * head_dim])
+    """
     keys, values = layer
-    slot = jnp.arange(positions.shape[0])
-    k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    slots = qkv.shape[0]
+    if layout in ("gpu", "interpret"):
+        position = jnp.where(place.live, place.position, -1)
+        interpret = layout == "interpret"
+        out, *layer = gpu.attend(qkv, bias, rope, position, place.table, *layer, heads=heads, interpret=interpret)
+        return tuple(layer), out
+    qkv = (qkv + bias).reshape(slots, -1, 2 * rope[0].shape[-1])
+    q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[1]) // 2], axis=1)
+    q, k, v = rotate(q, rope), rotate(k, rope).astype(keys.dtype), v.astype(values.dtype)
+    if layout == "tpu":
+        return _attend_tpu(layer, q, k, v, place)
+    slot = jnp.arange(slots)
     how = {"unique_indices": True, "mode": "promise_in_bounds"}
-    if layout == "fused":
-        return keys.at[slot, positions].set(k, **how), values.at[slot, positions].set(v, **how)
-    return keys.at[slot, :, :, positions].set(k, **how), values.at[slot, :, positions].set(v, **how)
+    keys = keys.at[slot, :, :, place.position].set(k, **how)
+    values = values.at[slot, :, place.position].set(v, **how)
+    return (keys, values), _attend_plain(q, keys[..., : place.span], values[:, :, : place.span], place.position + 1)
 
 
-def attend(q, layer, layout: Layout, lengths, span: int):
-    """One query a slot against its cache. q: [slots, heads, head_dim]; lengths: [slots] filled positions; span: none
-    is filled at or beyond it (static; only `plain` reads by it). → [slots, heads, head_dim]."""
-    keys, values = layer
+def _attend_plain(q, keys, values, lengths):
     slots, heads, dim = q.shape
-    if layout == "fused":
-        out = jax.nn.dot_product_attention(
-            q[:, None],
-            keys,
-            values,
-            query_seq_lengths=jnp.ones_like(lengths),
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )
-        return out[:, 0]
-    keys, values = keys[..., :span], values[:, :, :span]
     q = q.reshape(slots, keys.shape[1], -1, dim)
     scores = jnp.einsum("bkgd,bkds->bkgs", q, keys, preferred_element_type=jnp.float32) * dim**-0.5
-    filled = jnp.arange(span) < lengths[:, None]  # [slots, span]
+    filled = jnp.arange(keys.shape[-1]) < lengths[:, None]  # [slots, span]
     weights = jax.nn.softmax(jnp.where(filled[:, None, None], scores, -1e30), axis=-1)
-    return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values).reshape(slots, heads, dim)
+    return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values).reshape(slots, heads * dim)
+
+
+def _attend_tpu(layer, q, k, v, place: Place):
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    keys, values = layer
+    pages, size, stored = keys.shape[1:]
+    slots, heads, dim = q.shape
+    page = jnp.take_along_axis(place.table, place.position[:, None] // size, axis=1)[:, 0]
+    page = jnp.where(place.live, page, pages)  # out of range: dropped
+    offset = place.position % size
+
+    def put(old, new):  # [kv_heads, pages, size, stored], [slots, kv_heads, dim]
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, stored - dim))).swapaxes(0, 1)
+        return old.at[:, page, offset].set(new, mode="drop")
+
+    keys, values = put(keys, k), put(values, v)
+    q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)  # the kernel does not scale
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, stored - dim)))
+    lengths = jnp.where(place.live, place.position + 1, 1)
+    out = paged_attention(q, keys, values, lengths, place.table, pages_per_compute_block=TPU_PAGES)
+    return (keys, values), out[..., :dim].reshape(slots, heads * dim)

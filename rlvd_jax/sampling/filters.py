@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
-BLOCK = 128
+from rlvd_jax.sampling import gpu
+
+BLOCK = gpu.BLOCK
 SMALL = 2048  # a vocabulary up to this size is filtered whole
 
 
-def top_k(x, k: int):
+def top_k(x, k: int, platform: str = "cpu"):
     """The k largest of each row and their columns, largest first, ties by lower column. x: [rows, columns] float32.
 
     A sort of whole rows is what `lax.top_k` costs on GPUs and CPUs for a vocabulary of 151,936, so there the k
@@ -22,7 +24,7 @@ def top_k(x, k: int):
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
-    if jax.default_backend() == "tpu" or blocks <= 4 * k:
+    if platform == "tpu" or blocks <= 4 * k:
         return jax.lax.top_k(x, k)
     padded = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - columns)), constant_values=-jnp.inf)
     padded = padded.reshape(rows, blocks, BLOCK)
@@ -61,20 +63,23 @@ def keep_top_k(x, k: int):
     return jnp.where(kept, x, -jnp.inf)
 
 
-def draw(logits, keys, temperature: float, k: int, p: float):
+def draw(logits, keys, temperature: float, k: int, p: float, platform: str = "cpu"):
     """One token for each row, and its log-probability under the unfiltered distribution at this temperature.
 
-    logits: [rows, vocab] float32; keys: [rows, 2] uint32, one for each draw. At temperature 0 the largest logit
-    wins and the log-probability is that at temperature 1. → tokens [rows] int32, log-probabilities [rows] float32.
+    logits: [rows, vocab] float32; keys: [rows, 2] uint32, one for each draw; platform: what this is compiled for. At
+    temperature 0 the largest logit wins and the log-probability is that at temperature 1.
+    → tokens [rows] int32, log-probabilities [rows] float32.
     """
     if temperature == 0:
         token = _argmax(logits)
         return token, _log_probability(logits, token)
-    scaled = logits / temperature
     vocab = logits.shape[-1]
+    if platform == "gpu" and p == 1 and 0 < k <= gpu.MOST_K and vocab > SMALL:
+        return gpu.draw(logits, keys, temperature, k)
+    scaled = logits / temperature
     every = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), scaled.shape)
     if p < 1:
-        values, column = top_k(scaled, min(k, vocab) if k else vocab)
+        values, column = top_k(scaled, min(k, vocab) if k else vocab, platform)
         share = jax.nn.softmax(values, axis=-1)
         before = jnp.cumsum(share, axis=-1) - share
         values = jnp.where(before < p, values, -jnp.inf)
@@ -83,7 +88,7 @@ def draw(logits, keys, temperature: float, k: int, p: float):
     elif vocab <= SMALL:
         values, column = keep_top_k(scaled, k), every
     else:
-        values, column = top_k(scaled, k)
+        values, column = top_k(scaled, k, platform)
     # Of exponential times with these rates, the first is a draw from the rates' distribution.
     rate = jnp.exp(values - values.max(axis=-1, keepdims=True))
     choice = _argmax(rate / _exponential(keys, column))[:, None]

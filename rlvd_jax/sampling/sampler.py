@@ -1,21 +1,26 @@
 """Many responses to many prompts, with slots that are refilled from a queue as responses end.
 
-Each device holds `slots` responses in flight. A prompt is prefilled once on a device and its keys and values are
-copied into the slot of each of its samples. Then the device decodes by itself, in one `while_loop`, until enough
-responses have ended to be worth refilling; the host only fetches those and hands out new slots.
+Each device (or group of devices that share a model too large for one) holds `slots` responses in flight. A prompt is
+prefilled once on a device, all but its last token, and its keys and values go to each of its samples; the last token
+is what a sample's first step begins with. Then the device decodes by itself, in one `while_loop`, until enough
+responses have ended to be worth refilling; the host fetches what was drawn, and hands out slots and pages.
 
 Every draw's key is a function of (seed, question, sample, position) alone, so the responses don't depend on the
 number of slots or devices, the order of the queue, or a restart (up to the rounding of matrix products of other
 shapes, which moves log-probabilities by up to 1e-5 in float32 and can tip a near-tie between two tokens in bfloat16).
+
+Pages are handed out as responses grow. Where the pool runs dry, the youngest responses are given up and begun again
+later, to the same result; the oldest always has room to end.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import queue
+import threading
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +33,13 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder
-from rlvd_jax.sampling.filters import draw
+from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.slots import LOG
 
 PREFILL = 8  # prompts that a device prefills at once
 MAX_SLOTS = 1024
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
+WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,186 +69,28 @@ class Completion:
     stop: Literal["end", "length"]
 
 
-class Filter(NamedTuple):
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-class Slots(NamedTuple):
-    """What is in flight; on a mesh the leading axis is split over the devices."""
-
-    cache: list  # of each layer: keys, values (cache.py)
-    token: jax.Array  # [slots] the newest token, not in the cache yet
-    position: jax.Array  # [slots] its position
-    produced: jax.Array  # [slots] tokens drawn so far
-    limit: jax.Array  # [slots] the most to draw
-    done: jax.Array  # [slots] ended or never used
-    key: jax.Array  # [slots, 2] of this response
-    tokens: jax.Array  # [slots, max_tokens]
-    logprobs: jax.Array  # [slots, max_tokens]
-
-
-@cache
-def _decode_weights(c: Qwen2Config, dtype, sharding: NamedSharding):
-    return jax.jit(partial(decoder.decode_weights, c=c, dtype=dtype), out_shardings=sharding)
-
-
-@partial(jax.jit, static_argnums=range(7))
-def _empty(mesh, c: Qwen2Config, layout: kv.Layout, slots: int, length: int, most: int, dtype) -> Slots:
-    """Unused slots: `slots` of `length` positions on each device, for at most `most` tokens each."""
-    n = slots * mesh.size
-
-    def zeros(*shape, dtype=jnp.int32):
-        return jnp.zeros(shape, dtype)
-
-    empty = Slots(
-        cache=kv.empty(c, layout, n, length, dtype),
-        token=zeros(n),
-        position=zeros(n),
-        produced=zeros(n),
-        limit=zeros(n),
-        done=jnp.ones((n,), bool),
-        key=zeros(n, 2, dtype=jnp.uint32),
-        tokens=zeros(n, most),
-        logprobs=zeros(n, most, dtype=jnp.float32),
-    )
-    return jax.lax.with_sharding_constraint(empty, NamedSharding(mesh, P("data")))
-
-
-def _fold(key, data):
-    """fold_in for rows of raw threefry keys [rows, 2] and numbers [rows]."""
-
-    def one(key, data):
-        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), data))
-
-    return jax.vmap(one)(key, data)
-
-
-def _emit(slots: Slots, rows, token, logprob, index, ends: jax.Array) -> tuple:
-    """Write drawn tokens at `index` of the rows' outputs (out of range: nowhere); → outputs, whether a row ended."""
-    tokens = slots.tokens.at[rows, index].set(token, mode="drop")
-    logprobs = slots.logprobs.at[rows, index].set(logprob, mode="drop")
-    ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
-    return tokens, logprobs, ended
-
-
-@partial(jax.jit, static_argnames=("mesh", "c"))
-def _prefill(mesh, c: Qwen2Config, weights, tokens, lengths):
-    run = partial(decoder.prefill, c)
-    return jax.shard_map(run, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(
-        weights, tokens, lengths
-    )
-
-
-@partial(jax.jit, static_argnames=("mesh", "layout", "f"), donate_argnames=("slots",))
-def _insert(mesh, layout: kv.Layout, f: Filter, weights, slots: Slots, prompts, ends, seed, where):
-    """Start responses. where: per device arrays [inserts]: slot (out of range: none), prompt (row of `prompts`),
-    length (of the prompt), question, sample, limit."""
-
-    def run(weights, slots: Slots, prompts, ends, seed, where):
-        cache, hidden = prompts
-        slot, prompt = where["slot"], where["prompt"]
-        filled = [
-            kv.insert(layer, prompt_layer, layout, slot, prompt)
-            for layer, prompt_layer in zip(slots.cache, cache, strict=True)
-        ]
-        key = _fold(jnp.broadcast_to(seed, (slot.size, 2)), where["question"])
-        key = _fold(key, where["sample"])
-        first = jnp.zeros_like(slot)
-        token, logprob = draw(decoder.logits(weights, hidden)[prompt], _fold(key, first), *f)
-        tokens, logprobs, ended = _emit(slots, slot, token, logprob, first, ends)
-
-        def put(old, new):
-            return old.at[slot].set(new, mode="drop")
-
-        return Slots(
-            cache=filled,
-            token=put(slots.token, token),
-            position=put(slots.position, where["length"]),
-            produced=put(slots.produced, 1),
-            limit=put(slots.limit, where["limit"]),
-            done=put(slots.done, ended | (where["limit"] <= 1)),
-            key=put(slots.key, key),
-            tokens=tokens,
-            logprobs=logprobs,
-        )
-
-    specs = (P(), P("data"), P("data"), P(), P(), P("data"))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(
-        weights, slots, prompts, ends, seed, where
-    )
-
-
-@partial(jax.jit, static_argnames=("mesh", "c", "layout", "f", "span"), donate_argnames=("slots",))
-def _decode(mesh, c: Qwen2Config, layout: kv.Layout, f: Filter, span: int, weights, slots: Slots, ends, wake, steps):
-    """Decode on each device until `wake` [devices] of its slots are done, at most `steps` tokens."""
-
-    def run(weights, slots: Slots, ends, wake, steps):
-        rows = jnp.arange(slots.token.shape[0])
-
-        def going(carry):
-            taken, slots = carry
-            return (taken < steps) & (slots.done.sum() < wake[0])
-
-        def body(carry):
-            taken, s = carry
-            cache, hidden = decoder.step(c, layout, weights, s.cache, s.token, s.position, span)
-            with jax.named_scope("draw"):
-                token, logprob = draw(decoder.logits(weights, hidden), _fold(s.key, s.produced), *f)
-            live = ~s.done
-            # A slot that is done keeps drawing, since all slots step together; what it draws goes nowhere.
-            index = jnp.where(live, s.produced, s.tokens.shape[1])
-            tokens, logprobs, ended = _emit(s, rows, token, logprob, index, ends)
-            produced = s.produced + live
-            return taken + 1, Slots(
-                cache=cache,
-                token=jnp.where(live, token, s.token),
-                position=s.position + live,
-                produced=produced,
-                limit=s.limit,
-                done=s.done | ended | (produced >= s.limit),
-                key=s.key,
-                tokens=tokens,
-                logprobs=logprobs,
-            )
-
-        return jax.lax.while_loop(going, body, (jnp.int32(0), slots))[1]
-
-    specs = (P(), P("data"), P(), P("data"), P())
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(
-        weights, slots, ends, wake, steps
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _take(mesh, x, rows):
-    """Rows of each device's part of x."""
-    return jax.shard_map(lambda x, rows: x[rows], mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))(
-        x, rows
-    )
-
-
-@partial(jax.jit, static_argnames=("mesh", "width"))
-def _harvest(mesh, width: int, tokens, logprobs, rows):
-    def run(tokens, logprobs, rows):
-        return tokens[rows, :width], logprobs[rows, :width]
-
-    specs = (P("data"), P("data"), P("data"))
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)(tokens, logprobs, rows)
-
-
 def bucket(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least n and `least`: bounds how many shapes are compiled."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a device group holds at a time."""
+
+    slots: int
+    length: int
+    """Positions that the longest response takes, its prompt included."""
+    pages: int
+    """In the pool; 0: each slot has its own room (`cache.py`)."""
 
 
 class Sampler:
     """Draws responses from one model with one set of sampling settings.
 
     `load(params)` takes the weights of a model (an `nnx.State`), also new ones later; `sample(requests, seed)`
-    yields completions as they end, in no particular order. `end_tokens` stop a response; `slots` (per device)
-    comes from the settings or from the devices' memory.
+    yields completions as they end, in no particular order. `end_tokens` stop a response. Slots and pages (per device)
+    come from the settings and the devices' memory, and so does the number of devices that share a model.
     """
 
     def __init__(
@@ -252,287 +101,482 @@ class Sampler:
         *,
         devices=None,
         dtype=jnp.float32,
+        layout: kv.Layout | None = None,
     ):
         self.config, self.settings, self.dtype = config, settings, jnp.dtype(dtype)
         self.devices = list(devices or jax.local_devices())
-        self.mesh = Mesh(np.array(self.devices), ("data",), axis_types=(AxisType.Auto,))
-        self._split, self._whole = NamedSharding(self.mesh, P("data")), NamedSharding(self.mesh, P())
-        self._filter = Filter(settings.temperature, settings.top_k, settings.top_p)
-        self._end_tokens = np.array(sorted(end_tokens), np.int32)
-        self.layout = kv.choose_layout(config, self.dtype, self.devices[0].platform)
+        self.layout = layout or kv.choose_layout(config, self.dtype, self.devices[0].platform)
+        tensor = settings.tensor or self._tensor()
+        if len(self.devices) % tensor:
+            raise UserError(f"sampling.tensor is {tensor}, which does not divide the {len(self.devices)} devices here")
+        decoder.check_split(config, tensor)
+        shape = len(self.devices) // tensor, tensor
+        axes = "data", decoder.AXIS
+        self.mesh = Mesh(np.array(self.devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * 2)
+        self.program = device.Program(
+            self.mesh, config, self.layout, settings.temperature, settings.top_k, settings.top_p, self.dtype
+        )
+        self.end_tokens = np.array(sorted(end_tokens), np.int32)
         self.weights = None
+        self.counts: dict[str, int] = {}
+        """Of the last `sample`: slots at the start, steps and rounds of the devices, responses given up."""
+
+    def _tensor(self) -> int:
+        """As few devices as hold the weights and leave room for responses."""
+        limit = (self.devices[0].memory_stats() or {}).get("bytes_limit")
+        tensor, most = 1, len(self.devices)
+        size = self.config.parameters * self.dtype.itemsize
+        while limit and size / tensor > WEIGHTS_SHARE * limit and most % (2 * tensor) == 0:
+            tensor *= 2
+        return tensor
 
     def load(self, params) -> None:
-        """Take weights: cast to the sampler's dtype, laid out for decoding, whole on each device."""
+        """Take weights: cast to the sampler's dtype and laid out for decoding, on each device group."""
         if jax.tree.leaves(params)[0].sharding.device_set != set(self.devices):
-            params = jax.device_put(params, self._whole)
-        self.weights = _decode_weights(self.config, self.dtype, self._whole)(params)
+            params = jax.device_put(params, NamedSharding(self.mesh, P()))
+        self.weights = device.decode_weights(self.program)(params)
 
-    def plan(self, length: int, responses: int) -> int:
-        """Slots on each device for caches of `length` positions and `responses` in all."""
-        wanted = self.settings.slots or MAX_SLOTS
-        wanted = min(wanted, -(-responses // len(self.devices)))
-        wanted = min(-(-wanted // 16) * 16, self.settings.slots or MAX_SLOTS)
+    def plan(self, longest_prompt: int, responses: int) -> Plan:
+        """Slots and pages of each device group, for `responses` in all; UserError where memory holds none."""
+        groups = self.mesh.shape["data"]
+        most = self.settings.max_tokens
+        length = -(-(bucket(longest_prompt) + most) // 64) * 64 if most > 64 else bucket(longest_prompt) + most
+        most_slots = self.settings.slots or MAX_SLOTS
+        wanted = min(-(-responses // groups), most_slots)
+        wanted = min(-(-wanted // 16) * 16, most_slots)
+        free = np.inf
         stats = self.devices[0].memory_stats() or {}
         if "bytes_limit" in stats:
             free = 0.92 * stats["bytes_limit"] - stats["bytes_in_use"]
-            # Logits, their scaled copy and the filters' work, in float32.
-            each = length * self.config.cache_bytes(self.dtype.itemsize) + 6 * 4 * self.config.vocab_size
-            held = int(free // each)
-            if held < 1:
-                raise UserError(
-                    f"sampling.max_tokens: one response of {length} positions needs {each / 2**30:.1f} GiB, "
-                    f"but only {free / 2**30:.1f} GiB of device memory are free; lower max_tokens"
-                )
-            if held < wanted:
-                wanted = held if held < 16 else held // 16 * 16
-        return wanted
+        heads = decoder.kv_heads(self.config, self.program.tensor) / self.config.num_key_value_heads
+        position = kv.position_bytes(self.config, self.layout, self.dtype.itemsize) * heads / self.program.tensor
+        # Logits in float32, and what the filters make of them.
+        work = 6 * 4 * self.config.vocab_size
+        least, size = length * position + work, length
+        if self.layout != "plain":
+            # The prompts of a prefill and of the responses in flight, and one response to its end.
+            size = kv.page_size(self.layout)
+            least = (2 * length + PREFILL * bucket(longest_prompt, size)) * position + work
+            free -= PREFILL * bucket(longest_prompt, size) * position
+        if free < least:
+            raise UserError(
+                f"sampling.max_tokens: one response of {length} positions needs {least / 2**30:.1f} GiB, "
+                f"but only {free / 2**30:.1f} GiB of device memory are free; lower max_tokens"
+            )
+        if self.layout == "plain":
+            held = wanted if free == np.inf else int(free // (length * position + work))
+            return Plan(min(wanted, held if held < 16 else held // 16 * 16), length, 0)
+        # A slot is worth having where there is room for a short response; the pool does the rest.
+        if free < np.inf:
+            held = int((free - 2 * length * position) // (min(length, 256) * position + work))
+            wanted = min(wanted, max(1, held if held < 16 else held // 16 * 16))
+        pages = -(-length // size) * wanted + -(-bucket(longest_prompt) // size) * PREFILL
+        if free < np.inf:
+            pages = min(pages, int((free - wanted * work) // (size * position)))
+        return Plan(wanted, length, pages)
 
     def sample(self, requests: Sequence[Request], seed: int) -> Iterator[Completion]:
-        """Yield a completion for each sample of each request; `seed` is any integer of up to 64 bits."""
+        """Yield a completion for each sample of each request; `seed` is any integer of up to 64 bits.
+
+        The devices are driven by a thread of their own, so that they go on while the caller works on what it got.
+        """
         if self.weights is None:
             raise ValueError("load(params) comes before sample(requests, seed)")
         total = sum(len(r.samples) for r in requests)
         if not total:
             return
-        longest = max(len(r.prompt) for r in requests)
         for i, r in enumerate(requests):
             if not r.prompt or len(r.prompt) >= self.config.max_position_embeddings:
                 raise UserError(
                     f"prompt {i} has {len(r.prompt)} tokens; the model's context takes 1 to "
                     f"{self.config.max_position_embeddings - 1}"
                 )
-        most = self.settings.max_tokens
-        length = -(-(bucket(longest) + most) // 64) * 64 if most > 64 else bucket(longest) + most
-        slots = self.plan(length, total)
-        yield from _Run(self, requests, seed, slots, length).completions()
+        run = _Run(self, requests, seed, self.plan(max(len(r.prompt) for r in requests), total))
+        yield from _in_thread(run.completions())
+
+
+def _in_thread(batches: Iterator[list]) -> Iterator:
+    """The items of the lists that `batches` yields, made by a thread that stays at most a few lists ahead."""
+    ready: queue.Queue = queue.Queue(maxsize=8)
+    left = threading.Event()
+
+    def work():
+        try:
+            for batch in batches:
+                ready.put((batch, None))
+                if left.is_set():
+                    return
+            ready.put((None, None))
+        except BaseException as error:  # the caller's to handle
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, name="sampler", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield from batch
+    finally:
+        left.set()
+        while thread.is_alive():  # it may wait for room
+            try:
+                ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        thread.join()
+
+
+@dataclasses.dataclass
+class _Shared:
+    """The whole pages of a prompt, which all its samples on a device read."""
+
+    pages: list[int]
+    running: int = 0  # samples in flight
+
+
+class _Group:
+    """The host's books of one device group: who is in which slot, with which pages, and who waits."""
+
+    def __init__(self, plan: Plan, pages_of_slot: int):
+        n = plan.slots
+        self.occupant = np.full((n, 2), -1, np.int64)  # request, index of the sample
+        self.cached = np.zeros(n, np.int64)  # tokens of the prompt that were prefilled
+        self.limit = np.zeros(n, np.int64)
+        self.produced = np.zeros(n, np.int64)
+        self.held = np.zeros(n, np.int64)  # pages in the slot's row of the table
+        self.table = np.zeros((n, pages_of_slot), np.int32)
+        self.pages = plan.pages
+        self.free = list(range(plan.pages))[::-1]
+        self.reserve = plan.pages // 16  # pages that new responses leave to those in flight
+        self.waiting: collections.deque[tuple[int, Sequence[int]]] = collections.deque()  # request, samples
+        self.row_of: dict[int, int] = {}  # of a request's prompt among those prefilled last
+        self.shared: dict[int, _Shared] = {}
+
+    @property
+    def live(self) -> np.ndarray:
+        return self.occupant[:, 0] >= 0
+
+    def keep(self, rows: np.ndarray, n: int) -> None:
+        """Only these slots, and as many unused ones as make n."""
+        rows = np.concatenate([rows, np.flatnonzero(~self.live)[: n - len(rows)]])
+        for name in ("occupant", "cached", "limit", "produced", "held", "table"):
+            setattr(self, name, getattr(self, name)[rows])
 
 
 class _Run:
-    """One call of `Sampler.sample`: the queue, who is in which slot, and the slots themselves."""
+    """One call of `Sampler.sample`."""
 
-    def __init__(self, sampler: Sampler, requests: Sequence[Request], seed: int, slots: int, length: int):
-        self.s, self.requests, self.length, self.per_device = sampler, requests, length, slots
-        self.devices = len(sampler.devices)
-        self.seed = self._put(np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32), sampler._whole)
-        self.ends = self._put(sampler._end_tokens, sampler._whole)
+    def __init__(self, sampler: Sampler, requests: Sequence[Request], seed: int, plan: Plan):
+        self.s, self.p, self.requests, self.slots = sampler, sampler.program, requests, plan.slots
+        self.paged = sampler.layout != "plain"
+        self.size = kv.page_size(sampler.layout) if self.paged else plan.length
+        width = -(-plan.length // self.size)
+        if sampler.layout == "tpu":
+            width = -(-width // kv.TPU_PAGES) * kv.TPU_PAGES
+        self.length = plan.length
+        count = sampler.mesh.shape["data"]
+        self.groups = [_Group(plan, width) for _ in range(count)]
+        self.by_slot, self.whole = NamedSharding(sampler.mesh, P("data")), NamedSharding(sampler.mesh, P())
+        self.seed = jax.device_put(np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32), self.whole)
+        self.ends = jax.device_put(sampler.end_tokens, self.whole)
         self.queue = collections.deque(self._pieces())
-        # Of each device: the piece it is working through, and the prompts it has prefilled last.
-        self.pending = [collections.deque() for _ in range(self.devices)]
-        self.prompts = None
-        self.row_of: list[dict[int, int]] = [{} for _ in range(self.devices)]
-        self.occupant = np.full((self.devices, slots, 2), -1, np.int64)  # request, sample index
-        settings = (sampler.settings.max_tokens, sampler.dtype)
-        self.state = _empty(sampler.mesh, sampler.config, sampler.layout, slots, length, *settings)
+        self.prompts = None  # keys and values of those prefilled last
+        self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
+        self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
+        most = sampler.settings.max_tokens
+        self.tokens = np.zeros((count, plan.slots, most), np.int32)
+        self.logprobs = np.zeros((count, plan.slots, most), np.float32)
 
     def _pieces(self):
-        """(request, range of its samples) small enough to spread over the devices."""
-        total = sum(len(r.samples) for r in self.requests)
-        size = max(1, -(-total // (4 * self.devices))) if self.devices > 1 else total
+        """(request, some of its samples) small enough to spread over the device groups."""
+        total, groups = sum(len(r.samples) for r in self.requests), len(self.groups)
+        size = max(1, -(-total // (4 * groups))) if groups > 1 else total
         for i, r in enumerate(self.requests):
             for start in range(0, len(r.samples), size):
                 yield i, range(start, min(start + size, len(r.samples)))
 
-    @staticmethod
-    def _put(x, sharding):
-        return jax.device_put(x, sharding)
+    def _put(self, per_group) -> jax.Array:
+        """Arrays of each group, end to end, on their devices."""
+        return jax.device_put(np.concatenate(per_group), self.by_slot)
 
-    def completions(self) -> Iterator[Completion]:
+    def completions(self) -> Iterator[list[Completion]]:
         while True:
             self._refill()
-            occupied = self.occupant[:, :, 0] >= 0
-            if not occupied.any():
+            if not any(g.live.any() for g in self.groups):
                 return
-            occupied = self._shrink(occupied)
-            produced = self._decode(occupied)
-            yield from self._harvest(occupied, produced)
+            self._shrink()
+            yield self._collect(*self._decode())
 
     # ---- start responses -----------------------------------------------------------------------
 
     def _refill(self) -> None:
+        """Start waiting responses in free slots, prefilling prompts as they come up."""
         while True:
-            free = [list(np.flatnonzero(self.occupant[d, :, 0] < 0)) for d in range(self.devices)]
-            inserts = [self._known(d, free[d]) for d in range(self.devices)]
-            if any(inserts):
-                self._insert(inserts)
-            if not self._prefill_next([f[len(i) :] for f, i in zip(free, inserts, strict=True)]):
+            starts = [self._admit(g) for g in self.groups]
+            self._insert(starts)
+            if not self._prefill_next():
                 return
 
-    def _known(self, d: int, free: list[int]) -> list[tuple[int, int, int]]:
-        """(slot, request, sample index) for free slots and waiting samples whose prompt is prefilled."""
-        out = []
-        while len(out) < len(free) and self.pending[d] and self.pending[d][0][0] in self.row_of[d]:
-            request, samples = self.pending[d].popleft()
-            take = min(len(samples), len(free) - len(out))
-            out += [(free[len(out) + j], request, samples[j]) for j in range(take)]
-            if take < len(samples):
-                self.pending[d].appendleft((request, samples[take:]))
-        return out
+    def _admit(self, g: _Group) -> tuple[list, list]:
+        """(rows for `slots.start`, copies of prompts) of responses that start: as many as slots and pages allow of
+        those whose prompt is prefilled."""
+        rows, copies = [], []
+        free = collections.deque(np.flatnonzero(~g.live).tolist())
+        running = len(g.occupant) - len(free)
+        while free and g.waiting and g.waiting[0][0] in g.row_of:
+            request, samples = g.waiting[0]
+            r, row = self.requests[request], g.row_of[request]
+            cached = len(r.prompt) - 1
+            context = self.s.config.max_position_embeddings
+            if self.paged and not self._share(g, request, row, cached, running + len(rows), copies):
+                break
+            taken = 0
+            for index in samples:
+                if not free or (self.paged and not self._room(g, cached, running + len(rows))):
+                    break
+                slot = free.popleft()
+                limit = r.limits[index] if r.limits else self.s.settings.max_tokens
+                limit = min(limit, self.s.settings.max_tokens, context - len(r.prompt))
+                g.occupant[slot], g.cached[slot] = (request, index), cached
+                g.limit[slot], g.produced[slot] = limit, 0
+                if self.paged:
+                    self._own(g, slot, request, row, cached, copies)
+                else:
+                    copies.append((row, slot))
+                question = np.uint32(r.question).astype(np.int32)
+                sample = np.uint32(r.samples[index]).astype(np.int32)
+                rows.append((slot, r.prompt[-1], cached, limit, question, sample))
+                taken += 1
+            g.waiting.popleft()
+            if taken < len(samples):
+                g.waiting.appendleft((request, samples[taken:]))
+                break
+        return rows, copies
 
-    def _prefill_next(self, free: list[list[int]]) -> bool:
-        """Prefill the prompts of the next samples for devices with free slots; False if there are none."""
-        batches = []
-        for d in range(self.devices):
-            room, batch = len(free[d]), []
-            waiting = sum(len(s) for _, s in self.pending[d])
-            while self.queue and waiting < room and len(self.pending[d]) < PREFILL:
-                self.pending[d].append(self.queue.popleft())
-                waiting += len(self.pending[d][-1][1])
-            if room:
-                batch = list(dict.fromkeys(request for request, _ in self.pending[d]))[:PREFILL]
-            batches.append(batch)
-        if not any(batches):
+    def _pages_of_row(self) -> int:
+        """Pages that a prompt takes among those prefilled last."""
+        return self.prompt_time // self.size
+
+    def _share(self, g: _Group, request: int, row: int, cached: int, running: int, copies: list) -> bool:
+        """See that the prompt's whole pages are in the pool; False if it has no room."""
+        if request in g.shared:
+            return True
+        count = cached // self.size
+        if len(g.free) - count < (g.reserve if running else 0):
             return False
-        # A device with nothing to prefill keeps what it knows of no prompt: its rows are overwritten.
-        time = bucket(max(len(self.requests[r].prompt) for batch in batches for r in batch))
-        tokens = np.zeros((self.devices, PREFILL, time), np.int32)
-        lengths = np.ones((self.devices, PREFILL), np.int32)
-        for d, batch in enumerate(batches):
-            self.row_of[d] = {request: row for row, request in enumerate(batch)}
-            for row, request in enumerate(batch):
-                prompt = self.requests[request].prompt
-                tokens[d, row, : len(prompt)] = prompt
-                lengths[d, row] = len(prompt)
-        split = self.s._split
-        self.prompts = None  # the last prompts' keys and values are freed first
-        self.prompts = _prefill(
-            self.s.mesh,
-            self.s.config,
-            self.s.weights,
-            self._put(tokens.reshape(-1, time), split),
-            self._put(lengths.reshape(-1), split),
-        )
+        pages = [g.free.pop() for _ in range(count)]
+        g.shared[request] = _Shared(pages)
+        copies += [(row * self._pages_of_row() + i, page) for i, page in enumerate(pages)]
         return True
 
-    def _insert(self, inserts: list[list[tuple[int, int, int]]]) -> None:
-        width = bucket(max(len(i) for i in inserts))
-        where = {
-            name: np.zeros((self.devices, width), kind)
-            for name, kind in (
-                ("slot", np.int32),
-                ("prompt", np.int32),
-                ("length", np.int32),
-                ("limit", np.int32),
-                ("question", np.uint32),
-                ("sample", np.uint32),
-            )
-        }
-        where["slot"][:] = self.per_device  # out of range: nothing is inserted
-        most, context = self.s.settings.max_tokens, self.s.config.max_position_embeddings
-        for d, rows in enumerate(inserts):
-            for j, (slot, request, index) in enumerate(rows):
-                r = self.requests[request]
-                self.occupant[d, slot] = request, index
-                where["slot"][d, j], where["prompt"][d, j] = slot, self.row_of[d][request]
-                where["length"][d, j] = len(r.prompt)
-                wanted = r.limits[index] if r.limits else most
-                where["limit"][d, j] = min(wanted, most, context - len(r.prompt))
-                where["question"][d, j], where["sample"][d, j] = r.question, r.samples[index]
-        where = {name: self._put(value.reshape(-1), self.s._split) for name, value in where.items()}
-        self.state = _insert(
-            self.s.mesh,
-            self.s.layout,
-            self.s._filter,
-            self.s.weights,
-            self.state,
-            self.prompts,
-            self.ends,
-            self.seed,
-            where,
-        )
+    def _room(self, g: _Group, cached: int, running: int) -> bool:
+        """Whether one more response may start; the only one always may."""
+        need = -(-(cached + LOG) // self.size) - cached // self.size
+        return not running or len(g.free) - need >= g.reserve
+
+    def _own(self, g: _Group, slot: int, request: int, row: int, cached: int, copies: list) -> None:
+        """The slot's pages: the prompt's whole ones, and a copy of the one that the response goes on in."""
+        shared = g.shared[request]
+        shared.running += 1
+        count = len(shared.pages)
+        g.table[slot, :count] = shared.pages
+        g.held[slot] = count
+        if cached % self.size:
+            g.table[slot, count] = page = g.free.pop()
+            g.held[slot] += 1
+            copies.append((row * self._pages_of_row() + count, page))
+
+    def _release(self, g: _Group, slot: int) -> None:
+        """The slot is free, and its pages are."""
+        request = int(g.occupant[slot, 0])
+        g.occupant[slot] = -1
+        if not self.paged:
+            return
+        shared = g.shared[request]
+        g.free += g.table[slot, len(shared.pages) : g.held[slot]].tolist()
+        g.held[slot] = 0
+        shared.running -= 1
+        if not shared.running and all(r != request for r, _ in g.waiting):
+            g.free += g.shared.pop(request).pages
+
+    def _prefill_next(self) -> bool:
+        """Prefill the prompts of the next samples for groups with free slots; False if there are none."""
+        needed = False
+        for g in self.groups:
+            room = int((~g.live).sum())
+            waiting = sum(len(s) for _, s in g.waiting)
+            while self.queue and waiting < room and len(g.waiting) < PREFILL:
+                g.waiting.append(self.queue.popleft())
+                waiting += len(g.waiting[-1][1])
+            needed |= bool(room and g.waiting and g.waiting[0][0] not in g.row_of)
+        if not needed:
+            return False
+        # All groups prefill at a time, so each takes what it will need next.
+        batches = [list(dict.fromkeys(r for r, _ in g.waiting))[:PREFILL] for g in self.groups]
+        least = self.size if self.paged else 16
+        time = bucket(max(len(self.requests[r].prompt) for batch in batches for r in batch), least)
+        tokens = np.zeros((len(self.groups), PREFILL, time), np.int32)
+        lengths = np.ones((len(self.groups), PREFILL), np.int32)
+        for g, batch, token_rows, length in zip(self.groups, batches, tokens, lengths, strict=True):
+            g.row_of = {request: row for row, request in enumerate(batch)}
+            for row, request in enumerate(batch):
+                prompt = self.requests[request].prompt
+                token_rows[row, : len(prompt)] = prompt
+                length[row] = len(prompt)
+        self.prompts = None  # the last ones are freed first
+        self.prompts = device.prefill(self.p, self.s.weights, self._put(tokens), self._put(lengths))
+        self.prompt_time = time
+        return True
+
+    def _insert(self, starts: list[tuple[list, list]]) -> None:
+        def padded(lists, unused):  # → [groups * n, columns]
+            n = bucket(max(len(x) for x in lists), 64)
+            out = np.full((len(lists), n, len(unused)), unused, np.int32)
+            for to, x in zip(out, lists, strict=True):
+                to[: len(x)] = np.array(x, np.int32).reshape(-1, len(unused))
+            return self._put(out)
+
+        nowhere = np.iinfo(np.int32).max
+        rows, copies = zip(*starts, strict=True)
+        if any(copies):
+            insert = device.insert_pages if self.paged else device.insert_slots
+            self.layers = insert(self.p, self.layers, self.prompts, padded(copies, np.array([0, nowhere])))
+        if any(rows):
+            rows = padded(rows, np.array([nowhere, 0, 0, 0, 0, 0]))
+            self.state = device.start(self.p, self.state, rows, self.seed)
+
+    # ---- pages for what comes ---------------------------------------------------------------------
+
+    def _grow(self, g: _Group, steps: int) -> tuple[int, list[int]]:
+        """Give every response in flight pages for `steps` more tokens, or for fewer; → steps, the slots given up."""
+        given_up = []
+        while True:
+            live = np.flatnonzero(g.live)
+            ends = g.cached[live] + np.minimum(g.produced[live] + steps, g.limit[live])
+            need = -(-ends // self.size) - g.held[live]
+            if need.clip(0).sum() <= len(g.free):
+                break
+            if steps > self.size:
+                steps //= 2
+                continue
+            youngest = live[np.argmin(g.produced[live])]
+            request, index = (int(x) for x in g.occupant[youngest])
+            g.waiting.append((request, range(index, index + 1)))
+            self._release(g, youngest)
+            given_up.append(int(youngest))
+            g.reserve = min(2 * g.reserve + 1, g.pages // 2)
+        for slot, count in zip(live[need > 0], need[need > 0], strict=True):
+            g.table[slot, g.held[slot] : g.held[slot] + count] = [g.free.pop() for _ in range(count)]
+            g.held[slot] += count
+        return steps, given_up
 
     # ---- the last responses ----------------------------------------------------------------------
 
-    def _shrink(self, occupied: np.ndarray) -> np.ndarray:
-        """Go on with a quarter of the slots or fewer once nothing waits and that is enough: a step costs what its slots
-        cost, idle or not, and the longest responses go on alone for long. → `occupied` of the slots that are left."""
-        live = occupied.sum(axis=1)
-        slots = bucket(int(live.max()))
-        if self.queue or any(self.pending) or 4 * slots > self.per_device:
-            return occupied
-        limit, produced = (np.asarray(x).reshape(occupied.shape) for x in (self.state.limit, self.state.produced))
-        if (limit - produced)[occupied].max() < TAIL:
-            return occupied
-        rows, idle = np.zeros((self.devices, slots), np.int32), np.ones((self.devices, slots), bool)
-        occupant = np.full((self.devices, slots, 2), -1, np.int64)
-        for d, n in enumerate(live):
-            rows[d, :n], idle[d, :n] = np.flatnonzero(occupied[d]), False
-            occupant[d, :n] = self.occupant[d, rows[d, :n]]
-        rows, idle = (self._put(x.reshape(-1), self.s._split) for x in (rows, idle))
-        take = partial(_take, self.s.mesh, rows=rows)
-        layers = self.state.cache
-        for i, layer in enumerate(layers):  # one by one, each old one freed before the next is moved
-            layers[i] = tuple(take(x) for x in layer)
-            del layer
-        rest = {name: take(x) for name, x in self.state._asdict().items() if name != "cache"}
-        self.state = Slots(cache=layers, **rest | {"done": rest["done"] | idle})
-        self.occupant, self.per_device = occupant, slots
-        return occupant[:, :, 0] >= 0
+    def _shrink(self) -> None:
+        """Go on with fewer slots once nothing waits and they are enough: a step costs what its slots cost, idle or
+        not, and the longest responses go on alone for long. Pages stay where they are; rows of `plain` have to move."""
+        live = max(int(g.live.sum()) for g in self.groups)
+        fewer = bucket(live)
+        if self.queue or any(g.waiting for g in self.groups) or (2 if self.paged else 4) * fewer > self.slots:
+            return
+        left = max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups)
+        if left < TAIL:
+            return
+        rows = np.zeros((len(self.groups), fewer), np.int32)
+        idle = np.ones((len(self.groups), fewer), bool)
+        tokens, logprobs = (np.zeros((len(rows), fewer, x.shape[2]), x.dtype) for x in (self.tokens, self.logprobs))
+        for d, g in enumerate(self.groups):
+            kept = np.flatnonzero(g.live)
+            rows[d, : len(kept)], idle[d, : len(kept)] = kept, False
+            tokens[d, : len(kept)], logprobs[d, : len(kept)] = self.tokens[d, kept], self.logprobs[d, kept]
+            g.keep(kept, fewer)
+        rows = self._put(rows)
+        if not self.paged:
+            for i, layer in enumerate(self.layers):  # one by one, each old one freed before the next is moved
+                self.layers[i] = device.take_layer(self.p, layer, rows)
+                del layer
+        self.state = device.take(self.p, self.state, rows, self._put(idle))
+        self.tokens, self.logprobs, self.slots = tokens, logprobs, fewer
 
     # ---- decode and collect --------------------------------------------------------------------
 
-    def _decode(self, occupied: np.ndarray) -> np.ndarray:
-        """Run the devices; → tokens produced in each slot, negative where the response has not ended."""
-        waiting = bool(self.queue) or any(self.pending)
-        free = (~occupied).sum(axis=1)
-        wake = free + max(1, self.per_device // 32) if waiting else np.full(self.devices, self.per_device)
-        wake = np.minimum(wake, self.per_device).astype(np.int32)
-        span, steps = self._span(occupied)
-        self.state = _decode(
-            self.s.mesh,
-            self.s.config,
-            self.s.layout,
-            self.s._filter,
+    def _decode(self) -> tuple[np.ndarray, ...]:
+        """Run the devices; → done and produced [groups, slots], tokens and log-probabilities [LOG, groups, slots]."""
+        steps, span = LOG, self.length
+        if self.paged:
+            grown = [self._grow(g, LOG) for g in self.groups]
+            steps = min(n for n, _ in grown)
+            self.counts["given_up"] += sum(len(given_up) for _, given_up in grown)
+            if any(given_up for _, given_up in grown):
+                which = np.zeros((len(self.groups), self.slots), bool)
+                for row, (_, given_up) in zip(which, grown, strict=True):
+                    row[given_up] = True
+                self.state = device.stop(self.p, self.state, self._put(which))
+        else:
+            furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
+            span = min(self.length, bucket(furthest + 32, 64))
+            steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
+        table = (
+            [g.table for g in self.groups] if self.paged else [np.zeros((self.slots, 1), np.int32)] * len(self.groups)
+        )
+        wake = np.array([self._wake(g) for g in self.groups], np.int32)
+        self.layers, self.state, tokens, logprobs = device.decode(
+            self.p,
             span,
             self.s.weights,
+            self.layers,
             self.state,
+            self._put(table),
             self.ends,
-            self._put(wake, self.s._split),
-            self._put(np.int32(steps), self.s._whole),
+            jax.device_put(wake, self.by_slot),
+            jax.device_put(np.int32(steps), self.whole),
         )
-        done, produced = jax.device_get((self.state.done, self.state.produced))
-        return np.where(done, produced, -1).reshape(self.devices, -1)
+        done, produced, tokens, logprobs = jax.device_get((self.state.done, self.state.produced, tokens, logprobs))
+        by_group = len(self.groups), self.slots
+        return (
+            done.reshape(by_group),
+            produced.reshape(by_group),
+            tokens.reshape(LOG, *by_group),
+            logprobs.reshape(LOG, *by_group),
+        )
 
-    def _span(self, occupied: np.ndarray) -> tuple[int, int]:
-        """How much of the cache attention reads, and for how many steps that is enough."""
-        if self.s.layout == "fused":
-            return self.length, 256
-        position = np.asarray(self.state.position).reshape(self.devices, -1)
-        furthest = int(position[occupied].max())
-        span = min(self.length, bucket(furthest + 32, 64))
-        return span, max(1, min(256, span - furthest)) if span < self.length else 256
+    def _wake(self, g: _Group) -> int:
+        """Done slots at which the device comes back: few where others wait, half where slots can become fewer."""
+        free = int((~g.live).sum())
+        if self.queue or g.waiting:
+            return min(self.slots, free + max(1, self.slots // 32))
+        return min(self.slots, max(self.slots // 2, free + 1 + self.slots // 32)) if self.slots > 16 else self.slots
 
-    def _harvest(self, occupied: np.ndarray, produced: np.ndarray) -> Iterator[Completion]:
-        ended = [np.flatnonzero(occupied[d] & (produced[d] >= 0)) for d in range(self.devices)]
-        count = max(len(e) for e in ended)
-        if not count:
-            return
-        rows = np.zeros((self.devices, bucket(count)), np.int32)
-        for d, e in enumerate(ended):
-            rows[d, : len(e)] = e
-        width = min(
-            self.s.settings.max_tokens, bucket(max(int(produced[d][e].max()) for d, e in enumerate(ended) if len(e)))
-        )
-        tokens, logprobs = jax.device_get(
-            _harvest(
-                self.s.mesh,
-                width,
-                self.state.tokens,
-                self.state.logprobs,
-                self._put(rows.reshape(-1), self.s._split),
-            )
-        )
-        tokens, logprobs = (a.reshape(self.devices, -1, width) for a in (tokens, logprobs))
-        for d, e in enumerate(ended):
-            for j, slot in enumerate(e):
-                request, index = (int(x) for x in self.occupant[d, slot])
-                n = int(produced[d, slot])
-                self.occupant[d, slot] = -1
-                ids = tokens[d, j, :n].copy()
-                yield Completion(
-                    request=request,
-                    sample=self.requests[request].samples[index],
-                    tokens=ids,
-                    logprobs=logprobs[d, j, :n].copy(),
-                    stop="end" if ids[-1] in self.s._end_tokens else "length",
+    def _collect(self, done, produced, tokens, logprobs) -> list[Completion]:
+        """Write down what was drawn; → the responses that ended, whose slots are free now."""
+        out, steps = [], 0
+        for d, g in enumerate(self.groups):
+            live = g.live
+            new = np.where(live, produced[d] - g.produced, 0)
+            steps = max(steps, int(new.max()))
+            step, slot = np.nonzero(np.arange(LOG)[:, None] < new)
+            at = g.produced[slot] + step
+            self.tokens[d, slot, at] = tokens[step, d, slot]
+            self.logprobs[d, slot, at] = logprobs[step, d, slot]
+            g.produced = np.where(live, produced[d], g.produced)
+            for slot in np.flatnonzero(live & done[d]):
+                request, index = (int(x) for x in g.occupant[slot])
+                n = int(g.produced[slot])
+                ids = self.tokens[d, slot, :n].copy()
+                out.append(
+                    Completion(
+                        request=request,
+                        sample=self.requests[request].samples[index],
+                        tokens=ids,
+                        logprobs=self.logprobs[d, slot, :n].copy(),
+                        stop="end" if ids[-1] in self.s.end_tokens else "length",
+                    )
                 )
+                self._release(g, slot)
+        self.counts["steps"] += steps
+        self.counts["rounds"] += 1
+        return out

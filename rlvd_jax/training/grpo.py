@@ -67,7 +67,7 @@ class Evaluation:
     samples: int
 
     def identity(self) -> dict:
-        settings = self.sampler.settings.model_dump(mode="json", exclude={"samples", "slots"})
+        settings = self.sampler.settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"})
         return settings | {"questions": self.questions.digest(), "samples": self.samples}
 
 
@@ -291,7 +291,7 @@ def train(
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
     identity = {  # what may change when a run goes on is left out
         "grpo": config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
-        "sampling": settings.model_dump(mode="json", exclude={"samples", "slots"}),
+        "sampling": settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"}),
         "questions": questions.digest(),
         "evaluation": evaluation.identity() if evaluation else None,
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},

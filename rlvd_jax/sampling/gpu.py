@@ -1,0 +1,336 @@
+"""Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): attention over a paged cache, norms, and the draw.
+
+`attend` does in one pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes
+key and value to the response's page, and reads every filled position once. Pages that responses share, those of their
+prompt, come from the chip's cache after the first read. `draw` reads the logits once, and of each row once more only
+the blocks of 128 tokens that can hold one of the k largest.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+LEAST = -1e30  # below every score, and finite: no difference of two is undefined
+QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
+MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
+BLOCK = 128  # tokens of the vocabulary that share a maximum
+
+
+# ---- attention -------------------------------------------------------------------------------------
+
+
+def attend(
+    qkv,
+    bias,
+    rope,
+    position,
+    table,
+    keys,
+    values,
+    *,
+    heads: int,
+    block=32,
+    warps=2,
+    stages=3,
+    splits=None,
+    interpret=False,
+):
+    """One new token of every slot: rotate its query and key, append key and value, attend to all up to itself.
+
+    qkv: [slots, (heads + 2 kv_heads) * head_dim], before bias and rotation; bias: of qkv's columns; rope: cos and sin,
+    [slots, head_dim / 2] float32; position: [slots] int32, the new token's, or -1 for an idle slot, which writes
+    nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size, head_dim], updated in
+    place. → ([slots, heads * head_dim], keys, values). A slot's positions are shared out over `splits` programs, by
+    default as many as keep a whole chip busy.
+    """
+    kv_heads, pages, page_size, head_dim = keys.shape
+    slots, group = qkv.shape[0], heads // kv_heads
+    if group > QUERIES:
+        raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
+    splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
+    flat = kv_heads, pages * page_size, head_dim
+    kernel = partial(
+        _attend_kernel,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        block=block,
+        splits=splits,
+    )
+    if splits == 1:
+        out_shape = [jax.ShapeDtypeStruct((slots, heads * head_dim), qkv.dtype)]
+    else:
+        out_shape = [
+            jax.ShapeDtypeStruct((splits, slots, heads * head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((splits, slots, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, slots, heads), jnp.float32),
+        ]
+    n = len(out_shape)
+    *out, keys, values = pl.pallas_call(
+        kernel,
+        grid=(slots, kv_heads, splits),
+        out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
+        input_output_aliases={6: n, 7: n + 1},
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+        name="attend_pages",
+    )(position, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
+    shape = kv_heads, pages, page_size, head_dim
+    if splits > 1:
+        part, most, total = out
+        share = jnp.exp2(most - most.max(axis=0))
+        total = (share * total).sum(axis=0)  # [slots, heads]
+        part = part.reshape(splits, slots, heads, head_dim)
+        out = [((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(slots, -1).astype(qkv.dtype)]
+    return out[0], keys.reshape(shape), values.reshape(shape)
+
+
+def _attend_kernel(
+    position_ref,
+    table_ref,
+    cos_ref,
+    sin_ref,
+    qkv_ref,
+    bias_ref,
+    _,
+    __,
+    *out_refs,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size,
+    block,
+    splits,
+):
+    *out_refs, keys_ref, values_ref = out_refs
+    slot, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    group, half = heads // kv_heads, head_dim // 2
+    position = position_ref[slot]
+    column = jnp.arange(head_dim)
+    turned = (column + half) % head_dim  # the other coordinate of each pair
+    cos = plgpu.load(cos_ref.at[slot, column % half])
+    sin = plgpu.load(sin_ref.at[slot, column % half]) * jnp.where(column < half, -1.0, 1.0)
+
+    def biased(at, mask):
+        x = plgpu.load(qkv_ref.at[slot, at], mask=mask, other=0.0)
+        return x + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+
+    def rotated(at, turned_at, mask):
+        a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
+        return (a * cos + b * sin).astype(qkv_ref.dtype)
+
+    row = jnp.arange(QUERIES)
+    mine = (row < group)[:, None] & (column >= 0)[None, :]
+    start = ((head * group + row) * head_dim)[:, None]
+    q = rotated(start + column[None, :], start + turned[None, :], mine)  # [QUERIES, head_dim]
+    first = (heads + head) * head_dim
+    new_k = rotated(first + column, first + turned, column >= 0)
+    new_v = biased(first + kv_heads * head_dim + column, column >= 0)
+
+    # Scores are kept as powers of 2. The new token is in the first part's sums from the start.
+    scale = head_dim**-0.5 * math.log2(math.e)
+    own = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
+    here = part == 0
+    most = jnp.where(here, own, LEAST)
+    total = jnp.where(here, jnp.ones_like(own), 0.0)
+    out = jnp.where(here, jnp.broadcast_to(new_v.astype(jnp.float32)[None, :], (QUERIES, head_dim)), 0.0)
+
+    page = plgpu.load(table_ref.at[slot, jnp.maximum(position, 0) // page_size])
+    at = page * page_size + jnp.maximum(position, 0) % page_size
+    writes = (column >= 0) & (position >= 0) & here
+    plgpu.store(keys_ref.at[head, at, column], new_k.astype(keys_ref.dtype), mask=writes)
+    plgpu.store(values_ref.at[head, at, column], new_v.astype(values_ref.dtype), mask=writes)
+
+    blocks = pl.cdiv(jnp.maximum(position, 0), block)
+    each = pl.cdiv(blocks, splits)
+    first_block = part * each
+
+    def body(i, carry):
+        most, total, out = carry
+        index = (first_block + i) * block + jnp.arange(block)
+        filled = index < position
+        page = plgpu.load(table_ref.at[slot, index // page_size], mask=filled, other=0)
+        at = (page * page_size + index % page_size)[:, None]
+        k = plgpu.load(keys_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
+        v = plgpu.load(values_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
+        score = jnp.where(filled[None, :], plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [QUERIES, block]
+        new_most = jnp.maximum(most, score.max(axis=1))
+        shrink, weight = jnp.exp2(most - new_most), jnp.exp2(score - new_most[:, None])
+        total = total * shrink + weight.sum(axis=1)
+        out = out * shrink[:, None] + plgpu.dot(weight.astype(v.dtype), v)
+        return new_most, total, out
+
+    count = jnp.clip(blocks - first_block, 0, each)
+    most, total, out = jax.lax.fori_loop(0, count, body, (most, total, out))
+    to = start + column[None, :]
+    if splits == 1:
+        plgpu.store(out_refs[0].at[slot, to], (out / total[:, None]).astype(out_refs[0].dtype), mask=mine)
+    else:
+        plgpu.store(out_refs[0].at[part, slot, to], out, mask=mine)
+        for ref, x in zip(out_refs[1:], (most, total), strict=True):
+            plgpu.store(ref.at[part, slot, head * group + row], x, mask=row < group)
+
+
+# ---- residual stream -------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("eps", "interpret"))
+def add_norm(x, y, weight, eps: float, *, interpret=False):
+    """(x + y, its RMS norm times weight), as `layers.rms_norm`; x, y: [rows, hidden], weight: [hidden]."""
+    rows, hidden = x.shape
+    return pl.pallas_call(
+        partial(_add_norm_kernel, hidden=hidden, eps=eps),
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="add_norm",
+    )(x, y, weight)
+
+
+def _add_norm_kernel(x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps):
+    row = pl.program_id(0)
+    column = jnp.arange(pl.next_power_of_2(hidden))
+    there = column < hidden
+    x, y = (plgpu.load(ref.at[row, column], mask=there, other=0.0) for ref in (x_ref, y_ref))
+    x = x + y
+    weight = plgpu.load(weight_ref.at[column], mask=there, other=0.0).astype(jnp.float32)
+    plgpu.store(sum_ref.at[row, column], x, mask=there)
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
+    plgpu.store(norm_ref.at[row, column], (x * scale * weight).astype(norm_ref.dtype), mask=there)
+
+
+# ---- the draw --------------------------------------------------------------------------------------
+
+
+def draw(logits, keys, temperature: float, k: int, *, interpret=False):
+    """As `filters.draw` at a temperature above 0, 1 <= k <= MOST_K, and p = 1."""
+    rows, vocab = logits.shape
+    blocks = -(-vocab // BLOCK)
+    at_once = 32
+    stats = [jax.ShapeDtypeStruct((rows, blocks), jnp.float32)] * 2
+    most, total = pl.pallas_call(
+        partial(_stats_kernel, temperature=temperature, vocab=vocab, blocks=blocks, at_once=at_once),
+        grid=(rows, pl.cdiv(blocks, at_once)),
+        out_shape=stats,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="block_stats",
+    )(logits)
+    token, logprob, _ = pl.pallas_call(
+        partial(_select_kernel, temperature=temperature, k=k, vocab=vocab, blocks=blocks, barrier=not interpret),
+        grid=(rows,),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            jax.ShapeDtypeStruct((rows, k + pl.next_power_of_2(blocks)), jnp.int32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name="draw_top_k",
+    )(logits, most, total, keys)
+    return token, logprob
+
+
+def _stats_kernel(logits_ref, most_ref, total_ref, *, temperature, vocab, blocks, at_once):
+    """The largest scaled logit of each block, and the sum of exponentials relative to it."""
+    row, first = pl.program_id(0), pl.program_id(1) * at_once
+    block = first + jnp.arange(at_once)
+    column = block[:, None] * BLOCK + jnp.arange(BLOCK)[None, :]
+    x = plgpu.load(logits_ref.at[row, column], mask=column < vocab, other=LEAST) / temperature
+    most = x.max(axis=1)
+    total = jnp.sum(jnp.where(column < vocab, jnp.exp(x - most[:, None]), 0.0), axis=1)
+    for ref, value in ((most_ref, most), (total_ref, total)):
+        plgpu.store(ref.at[row, block], value, mask=block < blocks)
+
+
+def _select_kernel(
+    logits_ref,
+    most_ref,
+    total_ref,
+    key_ref,
+    token_ref,
+    logprob_ref,
+    kept_ref,
+    *,
+    temperature,
+    k,
+    vocab,
+    blocks,
+    barrier,
+):
+    row = pl.program_id(0)
+    block = jnp.arange(pl.next_power_of_2(blocks))
+    there = block < blocks
+    most = plgpu.load(most_ref.at[row, block], mask=there, other=LEAST)
+    total = plgpu.load(total_ref.at[row, block], mask=there, other=0.0)
+    largest = most.max()
+    norm = largest + jnp.log(jnp.sum(total * jnp.exp(most - largest)))
+
+    # The k blocks with the largest maxima hold the k largest logits; in the order of their tokens.
+    kept = _largest(most, there, min(k, blocks))
+    before = jnp.cumsum(kept.astype(jnp.int32)) - kept
+    plgpu.store(kept_ref.at[row, jnp.where(kept, before, k + block - before)], block, mask=kept)
+    if barrier:
+        plgpu.debug_barrier()  # the other threads of this program read it
+
+    index = jnp.arange(pl.next_power_of_2(k) * BLOCK)
+    held = index // BLOCK < min(k, blocks)
+    column = plgpu.load(kept_ref.at[row, index // BLOCK], mask=held, other=blocks) * BLOCK + index % BLOCK
+    there = held & (column < vocab)
+    x = plgpu.load(logits_ref.at[row, column], mask=there, other=LEAST) / temperature
+    kept = _largest(x, there, k)
+    uniform = (_threefry(key_ref[row, 0], key_ref[row, 1], column).astype(jnp.float32) + 0.5) * 2**-32
+    noise = -jnp.log1p(-jnp.minimum(uniform, 1 - 2**-24))  # as filters.py has it
+    race = jnp.where(kept, jnp.exp(x - largest) / noise, -1.0)
+    token = jnp.where(race == race.max(), column, vocab).min()
+    token_ref[row] = token
+    logprob_ref[row] = jnp.sum(jnp.where(column == token, x, 0.0)) - norm
+
+
+def _largest(x, there, k: int):
+    """Which of x [n] are its k largest, ties to the first: by bisection on the bits, which ends as soon as a bound
+    leaves exactly k. there: [n], what counts."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+
+    def going(bounds):
+        low, high, count = bounds  # `count` >= k are >= low, fewer than k are > high
+        return (low < high) & (count != k)
+
+    def halve(bounds):
+        low, high, count = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # floor of the mean, without overflow
+        middle = middle + ((low ^ high) & 1)  # ceil, so that the bounds close
+        above = jnp.sum((there & (order >= middle)).astype(jnp.int32))
+        enough = above >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1), jnp.where(enough, above, count)
+
+    start = order.min(), order.max(), jnp.sum(there.astype(jnp.int32))
+    low, _, _ = jax.lax.while_loop(going, halve, start)
+    above, tied = there & (order > low), there & (order == low)
+    room = k - jnp.sum(above.astype(jnp.int32))
+    return above | (tied & (jnp.cumsum(tied.astype(jnp.int32)) <= room))
+
+
+def _threefry(key0, key1, column):
+    """The first word of threefry-2x32 of (column, 0) under a key: the bits that filters.py takes for a token."""
+    parity = key0 ^ key1 ^ jnp.uint32(0x1BD11BDA)
+    schedule = key0, key1, parity
+    x = column.astype(jnp.uint32) + key0
+    y = jnp.zeros_like(x) + key1
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x = x + y
+            y = ((y << jnp.uint32(turn)) | (y >> jnp.uint32(32 - turn))) ^ x
+        x = x + schedule[(i + 1) % 3]
+        y = y + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x

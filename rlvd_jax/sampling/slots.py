@@ -1,0 +1,213 @@
+"""What the devices hold of the responses in flight, and the compiled programs that change it.
+
+Everything is mapped over the mesh's axis `data`: each device group has its own slots and its own cache, and steps by
+itself, with no word to the others. Over the axis `tensor` of a group only the weights, the heads and so the cache are
+split; the rest is the same on all of it.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.sampling import cache as kv
+from rlvd_jax.sampling import decoder
+from rlvd_jax.sampling.filters import draw
+
+LOG = 128  # tokens of each slot that the devices write down before the host fetches them
+
+
+class Program(NamedTuple):
+    """What the compiled programs of a sampler are for."""
+
+    mesh: Mesh  # axes data, tensor
+    config: Qwen2Config
+    layout: kv.Layout
+    temperature: float
+    top_k: int
+    top_p: float
+    dtype: jnp.dtype
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.shape[decoder.AXIS]
+
+    @property
+    def cache_spec(self) -> P:
+        """Slots, or pages, over `data`; heads over `tensor`."""
+        return P("data", decoder.AXIS) if self.layout == "plain" else P(decoder.AXIS, "data")
+
+
+class Slots(NamedTuple):
+    """What is in flight, but for the cache; the leading axis is split over `data`."""
+
+    token: jax.Array  # [slots] int32, the newest token, not in the cache yet
+    position: jax.Array  # [slots] int32, its position
+    produced: jax.Array  # [slots] int32, tokens drawn so far
+    limit: jax.Array  # [slots] int32, the most to draw
+    done: jax.Array  # [slots] bool, ended or never used
+    key: jax.Array  # [slots, 2] uint32, of this response
+
+
+@cache
+def decode_weights(p: Program):
+    """The jitted function from a model's state to the decoder's weights on the mesh."""
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(p.mesh, spec), decoder.specs(p.config), is_leaf=lambda x: isinstance(x, P)
+    )
+    laid_out = partial(decoder.decode_weights, c=p.config, dtype=p.dtype, tensor=p.tensor)
+    return jax.jit(laid_out, out_shardings=shardings)
+
+
+@partial(jax.jit, static_argnums=range(3))
+def empty(p: Program, slots: int, room: int):
+    """(cache, slots): `slots` unused ones on each device group, with `room` positions each, or pages for all."""
+    groups = p.mesh.shape["data"]
+    n = slots * groups
+    state = Slots(*(jnp.zeros(n, jnp.int32) for _ in range(4)), jnp.ones(n, bool), jnp.zeros((n, 2), jnp.uint32))
+    heads = decoder.kv_heads(p.config, p.tensor)
+    wide = room if p.layout == "plain" else room * groups
+    shapes = kv.shapes(p.config, p.layout, heads, n, wide)
+    layers = [tuple(jnp.zeros(shape, p.dtype) for shape in shapes) for _ in range(p.config.num_hidden_layers)]
+    constrain = jax.lax.with_sharding_constraint
+    return (
+        constrain(layers, NamedSharding(p.mesh, p.cache_spec)),
+        constrain(state, NamedSharding(p.mesh, P("data"))),
+    )
+
+
+def _mapped(p: Program, run, in_specs, out_specs):
+    return jax.shard_map(run, mesh=p.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(p: Program, weights, tokens, lengths):
+    """Keys and values of prompts; tokens: [prompts, time], lengths: [prompts], split over `data`."""
+    run = partial(decoder.prefill, p.config, p.tensor)
+    specs = decoder.specs(p.config), P("data"), P("data")
+    return _mapped(p, run, specs, P("data", None, decoder.AXIS))(weights, tokens, lengths)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert_pages(p: Program, layers, prompts, copies):
+    """`paged`: copy prompts' pages into the pool. copies: [groups * n, 2], see `cache.insert_pages`."""
+
+    def run(layers, prompts, copies):
+        source, to = copies[:, 0], copies[:, 1]
+        return [kv.insert_pages(layer, new, source, to) for layer, new in zip(layers, prompts, strict=True)]
+
+    specs = p.cache_spec, P("data", None, decoder.AXIS), P("data")
+    return _mapped(p, run, specs, p.cache_spec)(layers, prompts, copies)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def insert_slots(p: Program, layers, prompts, copies):
+    """`plain`: copy prompts into slots. copies: [groups * n, 2], prompt and slot."""
+
+    def run(layers, prompts, copies):
+        prompt, slot = copies[:, 0], copies[:, 1]
+        return [kv.insert_slots(layer, new, slot, prompt) for layer, new in zip(layers, prompts, strict=True)]
+
+    specs = p.cache_spec, P("data", None, decoder.AXIS), P("data")
+    return _mapped(p, run, specs, p.cache_spec)(layers, prompts, copies)
+
+
+def _fold(key, data):
+    """fold_in for rows of raw threefry keys [rows, 2] and numbers [rows]."""
+
+    def one(key, data):
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), data))
+
+    return jax.vmap(one)(key, data)
+
+
+START = ("slot", "token", "position", "limit", "question", "sample")  # columns of `start`'s rows
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def start(p: Program, slots: Slots, rows, seed):
+    """Put responses into slots. rows: [groups * n, 6] int32, see START; a slot out of range is none. seed: [2]."""
+
+    def run(slots: Slots, rows, seed):
+        slot, token, position, limit, question, sample = rows.T
+        key = _fold(jnp.broadcast_to(seed, (slot.size, 2)), question.astype(jnp.uint32))
+        key = _fold(key, sample.astype(jnp.uint32))
+        new = Slots(token, position, jnp.zeros_like(slot), limit, jnp.zeros(slot.shape, bool), key)
+        return Slots(*(old.at[slot].set(x, mode="drop") for old, x in zip(slots, new, strict=True)))
+
+    return _mapped(p, run, (P("data"), P("data"), P()), P("data"))(slots, rows, seed)
+
+
+@partial(jax.jit, static_argnums=0)
+def stop(p: Program, slots: Slots, which):
+    """Give up the responses in some slots; which: [slots] bool."""
+    return slots._replace(done=slots.done | which)
+
+
+@partial(jax.jit, static_argnums=0)
+def take(p: Program, slots: Slots, rows, idle):
+    """Fewer slots: `rows` of each group's, [groups * fewer]; idle: of these, which are not used."""
+    taken = _mapped(p, lambda slots, rows: jax.tree.map(lambda x: x[rows], slots), (P("data"), P("data")), P("data"))(
+        slots, rows
+    )
+    return taken._replace(done=taken.done | idle)
+
+
+@partial(jax.jit, static_argnums=0)
+def take_layer(p: Program, layer, rows):
+    """`plain`: a layer's cache of `rows` of the slots."""
+    run = lambda layer, rows: jax.tree.map(lambda x: x[rows], layer)  # noqa: E731
+    return _mapped(p, run, (p.cache_spec, P("data")), p.cache_spec)(layer, rows)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wake, steps):
+    """Decode on each group by itself until `wake` [groups] of its slots are done, `steps` tokens at most.
+
+    table: [slots, pages of a slot]; ends: end tokens; steps: [] int32, at most LOG; span: see `cache.Place`.
+    → (cache, slots, tokens and log-probabilities [LOG, slots] of the steps taken).
+    """
+    platform = p.mesh.devices.flat[0].platform
+
+    def run(weights, layers, slots: Slots, table, ends, wake, steps):
+        def going(carry):
+            taken, _, slots, _, _ = carry
+            return (taken < steps) & (slots.done.sum() < wake[0])
+
+        def body(carry):
+            taken, layers, s, tokens, logprobs = carry
+            live = ~s.done
+            place = kv.Place(s.position, live, table, span)
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
+            with jax.named_scope("draw"):
+                scores = decoder.logits(weights, hidden, p.tensor)
+                key = _fold(s.key, s.produced)
+                token, logprob = draw(scores, key, p.temperature, p.top_k, p.top_p, platform)
+            # A slot that is done keeps drawing, since all slots step together; nobody reads what it draws.
+            produced = s.produced + live
+            ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
+            new = Slots(
+                token=jnp.where(live, token, s.token),
+                position=s.position + live,
+                produced=produced,
+                limit=s.limit,
+                done=s.done | ended | (produced >= s.limit),
+                key=s.key,
+            )
+            return taken + 1, layers, new, tokens.at[taken].set(token), logprobs.at[taken].set(logprob)
+
+        n = slots.token.size
+        log = jnp.zeros((LOG, n), jnp.int32), jnp.zeros((LOG, n), jnp.float32)
+        return jax.lax.while_loop(going, body, (jnp.int32(0), layers, slots, *log))[1:]
+
+    by_slot, log = P("data"), P(None, "data")
+    in_specs = decoder.specs(p.config), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
+    return _mapped(p, run, in_specs, (p.cache_spec, by_slot, log, log))(
+        weights, layers, slots, table, ends, wake, steps
+    )
