@@ -89,7 +89,7 @@ class SamplingConfig(Settings):
     max_tokens: Positive = 4000
     """Longest response, end token included."""
     slots: Positive | None = None
-    """Responses in flight on each device; none: as many as the device's memory holds, 1,024 at most."""
+    """Responses in flight on each device; none: as many as memory and speed want, 2,048 at most."""
     tensor: Positive | None = None
     """Devices that share one copy of the weights while sampling; none: as few as hold them."""
 

@@ -93,15 +93,16 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     """Write the newest key and value of each slot, and attend to all there is up to it.
 
     qkv: [slots, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions. → (the layer's cache, [slots, heads * head_dim])
+    positions. → (the layer's cache, [slots, heads * head_dim]). For the GPU's kernel both have a leading axis of parts,
+    see `gpu.product`.
     """
     keys, values = layer
-    slots = qkv.shape[0]
     if layout in ("gpu", "interpret"):
         position = jnp.where(place.live, place.position, -1)
-        interpret = layout == "interpret"
-        out, *layer = gpu.attend(qkv, bias, rope, position, place.table, *layer, heads=heads, interpret=interpret)
+        how = {"heads": heads, "parts": qkv.shape[0], "interpret": layout == "interpret"}
+        out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, **how)
         return tuple(layer), out
+    slots = qkv.shape[0]
     qkv = (qkv + bias).reshape(slots, -1, 2 * rope[0].shape[-1])
     q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[1]) // 2], axis=1)
     q, k, v = rotate(q, rope), rotate(k, rope).astype(keys.dtype), v.astype(values.dtype)

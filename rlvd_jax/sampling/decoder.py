@@ -10,6 +10,8 @@ and its part of the vocabulary, and sums what it adds to the residual stream wit
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -90,13 +92,11 @@ def _summed(x, tensor: int):
     return jax.lax.psum(x, AXIS) if tensor > 1 else x
 
 
-def _mlp(w, h, tensor: int):
-    gate, up = jnp.split(h @ w["gate_up"], 2, axis=-1)
-    return _summed(swiglu(gate, up) @ w["down"], tensor)
-
-
-def _add_norm(x, y, weight, eps):
-    return x + y, rms_norm(x + y, weight, eps)
+def _after_attention(c: Qwen2Config, w, x, out, tensor: int):
+    """out: [..., heads * head_dim]."""
+    x = x + _summed(out @ w["o"], tensor)
+    gate, up = jnp.split(rms_norm(x, w["post_norm"], c.rms_norm_eps) @ w["gate_up"], 2, axis=-1)
+    return x + _summed(swiglu(gate, up) @ w["down"], tensor)
 
 
 def logits(weights, hidden, tensor: int = 1):
@@ -129,9 +129,7 @@ def prefill(c: Qwen2Config, tensor: int, weights, tokens, lengths):
         q, k = rotate(q, rope), rotate(k, rope)
         layers.append((k, v))
         if len(layers) < len(weights["layers"]):  # what comes after the last keys and values is not needed
-            out = attend(q, k, v, segments).reshape(*tokens.shape, -1)
-            x, h = _add_norm(x, _summed(out @ w["o"], tensor), w["post_norm"], c.rms_norm_eps)
-            x = x + _mlp(w, h, tensor)
+            x = _after_attention(c, w, x, attend(q, k, v, segments).reshape(*tokens.shape, -1), tensor)
     return layers
 
 
@@ -142,14 +140,23 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
     """
     rope = rope_table(place.position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
-    add_norm = gpu.add_norm if layout == "gpu" else _add_norm
     x = weights["embedding"][tokens]
-    y = jnp.zeros_like(x)  # what the last block adds to the residual stream
     new = []
+    if layout in ("gpu", "interpret"):
+        parts = gpu.parts_of(tokens.shape[0]) if tensor == 1 else 1
+        add_norm = partial(gpu.add_norm, eps=c.rms_norm_eps, interpret=layout == "interpret")
+        y = jnp.zeros_like(x)[None]  # what the last block adds to the residual stream
+        for w, layer in zip(weights["layers"], layers, strict=True):
+            x, h = add_norm(x, y, w["input_norm"], parts=parts)
+            layer, out = cache.attend(layer, layout, gpu.product(h, w["qkv"]), w["qkv_bias"], rope, heads, place)
+            new.append(layer)
+            x, h = add_norm(x, _summed(gpu.product(out, w["o"]), tensor), w["post_norm"])
+            gate, up = jnp.split(h[0] @ w["gate_up"], 2, axis=-1)
+            y = _summed(gpu.product(gpu.split(swiglu(gate, up), parts), w["down"]), tensor)
+        return new, add_norm(x, y, weights["final_norm"])[1][0]
     for w, layer in zip(weights["layers"], layers, strict=True):
-        x, h = add_norm(x, y, w["input_norm"], c.rms_norm_eps)
+        h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
         layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place)
         new.append(layer)
-        x, h = add_norm(x, _summed(out @ w["o"], tensor), w["post_norm"], c.rms_norm_eps)
-        y = _mlp(w, h, tensor)
-    return new, add_norm(x, y, weights["final_norm"], c.rms_norm_eps)[1]
+        x = _after_attention(c, w, x, out, tensor)
+    return new, rms_norm(x, weights["final_norm"], c.rms_norm_eps)

@@ -20,11 +20,44 @@ LEAST = -1e30  # below every score, and finite: no difference of two is undefine
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = 128  # tokens of the vocabulary that share a maximum
+PARTS = 4  # that a small batch's matrix products are split into
+
+
+# ---- matrix products ---------------------------------------------------------------------------------
+
+
+def parts_of(rows: int) -> int:
+    """Into how many a product's sum is split so that few rows still occupy the whole chip. The kernel that reads the
+    product adds the parts up, which costs it next to nothing."""
+    return PARTS if rows <= 512 else 1
+
+
+def product(h, w):
+    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], float32 where there are several, to be added."""
+    parts, _, k = h.shape
+    if parts == 1:
+        return (h[0] @ w)[None]
+    return jnp.einsum("prk,pkn->prn", h, w.reshape(parts, k, -1), preferred_element_type=jnp.float32)
+
+
+def split(h, parts: int):
+    """[rows, k] → [parts, rows, k / parts]"""
+    return h.reshape(h.shape[0], parts, -1).swapaxes(0, 1)
+
+
+def _added(ref, row, column, there, dtype):
+    """The sum of a product's parts at some columns of a row."""
+    x = plgpu.load(ref.at[0, row, column], mask=there, other=0.0)
+    for part in range(1, ref.shape[0]):
+        x = x + plgpu.load(ref.at[part, row, column], mask=there, other=0.0)
+    return x.astype(dtype)
 
 
 # ---- attention -------------------------------------------------------------------------------------
 
 
+# Jitted, so that a kernel is traced once and not for every layer.
+@partial(jax.jit, static_argnames=("heads", "parts", "block", "warps", "stages", "splits", "interpret"))
 def attend(
     qkv,
     bias,
@@ -35,7 +68,8 @@ def attend(
     values,
     *,
     heads: int,
-    block=32,
+    parts: int = 1,
+    block=None,
     warps=2,
     stages=3,
     splits=None,
@@ -43,17 +77,18 @@ def attend(
 ):
     """One new token of every slot: rotate its query and key, append key and value, attend to all up to itself.
 
-    qkv: [slots, (heads + 2 kv_heads) * head_dim], before bias and rotation; bias: of qkv's columns; rope: cos and sin,
-    [slots, head_dim / 2] float32; position: [slots] int32, the new token's, or -1 for an idle slot, which writes
-    nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size, head_dim], updated in
-    place. → ([slots, heads * head_dim], keys, values). A slot's positions are shared out over `splits` programs, by
-    default as many as keep a whole chip busy.
+    qkv: [parts, slots, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation; bias: of qkv's
+    columns; rope: cos and sin, [slots, head_dim / 2] float32; position: [slots] int32, the new token's, or -1 for an
+    idle slot, which writes nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size,
+    head_dim], updated in place. → ([parts, slots, heads * head_dim / parts], keys, values). A slot's positions are
+    shared out over `splits` programs, by default as many as keep a whole chip busy.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
-    slots, group = qkv.shape[0], heads // kv_heads
+    slots, group = qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
+    block = block or (64 if slots * kv_heads >= 1024 else 32)
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
@@ -65,7 +100,7 @@ def attend(
         splits=splits,
     )
     if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct((slots, heads * head_dim), qkv.dtype)]
+        out_shape = [jax.ShapeDtypeStruct((parts, slots, heads * head_dim // parts), bias.dtype)]
     else:
         out_shape = [
             jax.ShapeDtypeStruct((splits, slots, heads * head_dim), jnp.float32),
@@ -88,7 +123,8 @@ def attend(
         share = jnp.exp2(most - most.max(axis=0))
         total = (share * total).sum(axis=0)  # [slots, heads]
         part = part.reshape(splits, slots, heads, head_dim)
-        out = [((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(slots, -1).astype(qkv.dtype)]
+        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(slots, -1)
+        out = [split(out.astype(bias.dtype), parts)]
     return out[0], keys.reshape(shape), values.reshape(shape)
 
 
@@ -119,12 +155,11 @@ def _attend_kernel(
     sin = plgpu.load(sin_ref.at[slot, column % half]) * jnp.where(column < half, -1.0, 1.0)
 
     def biased(at, mask):
-        x = plgpu.load(qkv_ref.at[slot, at], mask=mask, other=0.0)
-        return x + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+        return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
 
     def rotated(at, turned_at, mask):
         a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
-        return (a * cos + b * sin).astype(qkv_ref.dtype)
+        return (a * cos + b * sin).astype(bias_ref.dtype)
 
     row = jnp.arange(QUERIES)
     mine = (row < group)[:, None] & (column >= 0)[None, :]
@@ -171,7 +206,9 @@ def _attend_kernel(
     most, total, out = jax.lax.fori_loop(0, count, body, (most, total, out))
     to = start + column[None, :]
     if splits == 1:
-        plgpu.store(out_refs[0].at[slot, to], (out / total[:, None]).astype(out_refs[0].dtype), mask=mine)
+        width = out_refs[0].shape[2]
+        out = (out / total[:, None]).astype(out_refs[0].dtype)
+        plgpu.store(out_refs[0].at[to // width, slot, to % width], out, mask=mine)
     else:
         plgpu.store(out_refs[0].at[part, slot, to], out, mask=mine)
         for ref, x in zip(out_refs[1:], (most, total), strict=True):
@@ -181,14 +218,15 @@ def _attend_kernel(
 # ---- residual stream -------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("eps", "interpret"))
-def add_norm(x, y, weight, eps: float, *, interpret=False):
-    """(x + y, its RMS norm times weight), as `layers.rms_norm`; x, y: [rows, hidden], weight: [hidden]."""
+@partial(jax.jit, static_argnames=("eps", "parts", "interpret"))
+def add_norm(x, y, weight, eps: float, *, parts: int = 1, interpret=False):
+    """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be added
+    up; weight: [hidden]. → [rows, hidden], [parts, rows, hidden / parts]"""
     rows, hidden = x.shape
     return pl.pallas_call(
         partial(_add_norm_kernel, hidden=hidden, eps=eps),
         grid=(rows,),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
+        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, (parts, rows, hidden // parts))],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="add_norm",
@@ -199,13 +237,14 @@ def _add_norm_kernel(x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps
     row = pl.program_id(0)
     column = jnp.arange(pl.next_power_of_2(hidden))
     there = column < hidden
-    x, y = (plgpu.load(ref.at[row, column], mask=there, other=0.0) for ref in (x_ref, y_ref))
-    x = x + y
+    x = plgpu.load(x_ref.at[row, column], mask=there, other=0.0) + _added(y_ref, row, column, there, x_ref.dtype)
     weight = plgpu.load(weight_ref.at[column], mask=there, other=0.0).astype(jnp.float32)
     plgpu.store(sum_ref.at[row, column], x, mask=there)
     x = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
-    plgpu.store(norm_ref.at[row, column], (x * scale * weight).astype(norm_ref.dtype), mask=there)
+    width = norm_ref.shape[2]
+    norm = (x * scale * weight).astype(norm_ref.dtype)
+    plgpu.store(norm_ref.at[column // width, row, column % width], norm, mask=there)
 
 
 # ---- the draw --------------------------------------------------------------------------------------
@@ -276,9 +315,10 @@ def _select_kernel(
     norm = largest + jnp.log(jnp.sum(total * jnp.exp(most - largest)))
 
     # The k blocks with the largest maxima hold the k largest logits; in the order of their tokens.
-    kept = _largest(most, there, min(k, blocks))
+    kept = _largest(most, there, min(k, blocks), jnp.where(there, most, largest).min())
     before = jnp.cumsum(kept.astype(jnp.int32)) - kept
     plgpu.store(kept_ref.at[row, jnp.where(kept, before, k + block - before)], block, mask=kept)
+    least = jnp.where(kept, most, largest).min()  # each block kept holds a logit as large
     if barrier:
         plgpu.debug_barrier()  # the other threads of this program read it
 
@@ -287,7 +327,7 @@ def _select_kernel(
     column = plgpu.load(kept_ref.at[row, index // BLOCK], mask=held, other=blocks) * BLOCK + index % BLOCK
     there = held & (column < vocab)
     x = plgpu.load(logits_ref.at[row, column], mask=there, other=LEAST) / temperature
-    kept = _largest(x, there, k)
+    kept = _largest(x, there, k, least if k <= blocks else x.min())
     uniform = (_threefry(key_ref[row, 0], key_ref[row, 1], column).astype(jnp.float32) + 0.5) * 2**-32
     noise = -jnp.log1p(-jnp.minimum(uniform, 1 - 2**-24))  # as filters.py has it
     race = jnp.where(kept, jnp.exp(x - largest) / noise, -1.0)
@@ -296,11 +336,16 @@ def _select_kernel(
     logprob_ref[row] = jnp.sum(jnp.where(column == token, x, 0.0)) - norm
 
 
-def _largest(x, there, k: int):
-    """Which of x [n] are its k largest, ties to the first: by bisection on the bits, which ends as soon as a bound
-    leaves exactly k. there: [n], what counts."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+def _largest(x, there, k: int, least):
+    """Which of x [n] are its k largest, ties to the first, of which at least k are `least` or more; there: [n], what
+    counts. By bisection on the bits, which ends as soon as a bound leaves exactly k."""
+
+    def order(x):  # integers in the order of the floats
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+        return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+    def reached(bound):
+        return there & (values >= bound)
 
     def going(bounds):
         low, high, count = bounds  # `count` >= k are >= low, fewer than k are > high
@@ -308,17 +353,20 @@ def _largest(x, there, k: int):
 
     def halve(bounds):
         low, high, count = bounds
-        middle = (low & high) + ((low ^ high) >> 1)  # floor of the mean, without overflow
-        middle = middle + ((low ^ high) & 1)  # ceil, so that the bounds close
-        above = jnp.sum((there & (order >= middle)).astype(jnp.int32))
+        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # mean, rounded up, without overflow
+        above = jnp.sum(reached(middle).astype(jnp.int32))
         enough = above >= k
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1), jnp.where(enough, above, count)
 
-    start = order.min(), order.max(), jnp.sum(there.astype(jnp.int32))
-    low, _, _ = jax.lax.while_loop(going, halve, start)
-    above, tied = there & (order > low), there & (order == low)
-    room = k - jnp.sum(above.astype(jnp.int32))
-    return above | (tied & (jnp.cumsum(tied.astype(jnp.int32)) <= room))
+    def break_ties():
+        above, tied = there & (values > low), there & (values == low)
+        room = k - jnp.sum(above.astype(jnp.int32))
+        return above | (tied & (jnp.cumsum(tied.astype(jnp.int32)) <= room))
+
+    values = order(x)
+    low = order(least)
+    low, _, count = jax.lax.while_loop(going, halve, (low, values.max(), jnp.sum(reached(low).astype(jnp.int32))))
+    return jax.lax.cond(count == k, lambda: reached(low), break_ties)
 
 
 def _threefry(key0, key1, column):

@@ -37,7 +37,7 @@ from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.slots import LOG
 
 PREFILL = 8  # prompts that a device prefills at once
-MAX_SLOTS = 1024
+MAX_SLOTS = {"plain": 1024, "tpu": 1024, "gpu": 2048, "interpret": 1024}
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
@@ -72,6 +72,15 @@ class Completion:
 def bucket(n: int, least: int = 16) -> int:
     """The smallest power of two that is at least n and `least`: bounds how many shapes are compiled."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+def sizes(slots: int, paged: bool) -> list[int]:
+    """Numbers of slots that the last responses move to one after the other, largest first. Each costs a compilation,
+    and where rows of the cache have to move, a copy."""
+    if not paged:
+        return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
+    fewer = {64 * 2**i for i in range(12)} | {96 * 2**i for i in range(3, 12)}
+    return [slots, *sorted((n for n in fewer if 4 * n <= 3 * slots), reverse=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Sampler:
         groups = self.mesh.shape["data"]
         most = self.settings.max_tokens
         length = -(-(bucket(longest_prompt) + most) // 64) * 64 if most > 64 else bucket(longest_prompt) + most
-        most_slots = self.settings.slots or MAX_SLOTS
+        most_slots = self.settings.slots or MAX_SLOTS[self.layout]
         wanted = min(-(-responses // groups), most_slots)
         wanted = min(-(-wanted // 16) * 16, most_slots)
         free = np.inf
@@ -278,6 +287,7 @@ class _Run:
         if sampler.layout == "tpu":
             width = -(-width // kv.TPU_PAGES) * kv.TPU_PAGES
         self.length = plan.length
+        self.sizes = sizes(plan.slots, self.paged)
         count = sampler.mesh.shape["data"]
         self.groups = [_Group(plan, width) for _ in range(count)]
         self.by_slot, self.whole = NamedSharding(sampler.mesh, P("data")), NamedSharding(sampler.mesh, P())
@@ -480,8 +490,8 @@ class _Run:
         """Go on with fewer slots once nothing waits and they are enough: a step costs what its slots cost, idle or
         not, and the longest responses go on alone for long. Pages stay where they are; rows of `plain` have to move."""
         live = max(int(g.live.sum()) for g in self.groups)
-        fewer = bucket(live)
-        if self.queue or any(g.waiting for g in self.groups) or (2 if self.paged else 4) * fewer > self.slots:
+        fewer = next(n for n in self.sizes[::-1] if n >= live)
+        if self.queue or any(g.waiting for g in self.groups) or fewer >= self.slots:
             return
         left = max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups)
         if left < TAIL:
@@ -549,7 +559,8 @@ class _Run:
         free = int((~g.live).sum())
         if self.queue or g.waiting:
             return min(self.slots, free + max(1, self.slots // 32))
-        return min(self.slots, max(self.slots // 2, free + 1 + self.slots // 32)) if self.slots > 16 else self.slots
+        next_size = next((n for n in self.sizes if n < self.slots), 0)
+        return min(self.slots, max(self.slots - next_size, free + 1 + self.slots // 32))
 
     def _collect(self, done, produced, tokens, logprobs) -> list[Completion]:
         """Write down what was drawn; → the responses that ended, whose slots are free now."""
