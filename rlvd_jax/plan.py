@@ -114,7 +114,7 @@ def amount(value: float) -> str:
 
 
 def cells(study: Study, step: Step, first: bool) -> list[str]:
-    """Of a step that is to do: its name, how far it is, tokens to sample and to train on."""
+    """Of a step that is to do: how far it is, tokens to sample and to train on."""
     state = "next" if first else "to do"
     if step.kind == "respond":
         total = len(study.problems(step.problems)) * step.samples
@@ -122,7 +122,7 @@ def cells(study: Study, step: Step, first: bool) -> list[str]:
         if left < total:
             state += f", {total - left:,} of {total:,} there"
     spent = cost(study, step)
-    return [step.name, state, *(amount(x) if x else "" for x in (spent.sampled, spent.trained))]
+    return [state, *(amount(x) if x else "" for x in (spent.sampled, spent.trained))]
 
 
 def table(rows: list[list[str]]) -> str:
@@ -149,7 +149,7 @@ def plan(study: Study) -> str:
         if study.done(step):
             rows.append([step.name, "done", "", "", ""])
         else:
-            rows.append([*cells(study, step, first), size(cost(study, step).memory)])
+            rows.append([step.name, *cells(study, step, first), size(cost(study, step).memory)])
             first = False
     notes = (
         f"{TOKENS} Memory is what the largest arrays take with whole weights on each device; the sampler takes fewer "

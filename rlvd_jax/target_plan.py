@@ -125,10 +125,11 @@ class TargetPlan:
         if not grpo:
             return {step.name: self.update(step.model, c, 0)}
         evaluated = len(self.study.problems(grpo.evaluate_on)) if grpo.evaluate_on and grpo.evaluate_every else 0
-        # The practice's and the evaluation's sampler keep their weights; the start model is split like the trained one.
-        weights, start = itemsize * c.parameters, itemsize * c.parameters / self.split * (grpo.kl > 0)
-        update = self.update(step.model, c, start + weights * (2 if evaluated else 1))
-        held = 12 * c.parameters / self.split + start + weights * (evaluated > 0)  # weights, moments, the other sampler
+        # Beside each other: the trained weights and their moments, the start model split like them, and the weights of
+        # the practice's and of the evaluation's sampler, which stay whole on each device between their draws.
+        whole, start = itemsize * c.parameters, itemsize * c.parameters / self.split * (grpo.kl > 0)
+        update = self.update(step.model, c, start + whole * (2 if evaluated else 1))
+        held = 12 * c.parameters / self.split + start + whole * (evaluated > 0)
         most = max(grpo.questions * grpo.samples, evaluated * grpo.evaluate_samples)
         sampling = config.model_sampling(step.model, grpo.sampling)
         drawn = sampling_part(c, itemsize, sampling, -(-most // devices), held, self.target.memory)
@@ -154,30 +155,31 @@ class TargetPlan:
             trainer = Trainer(c, self.dtype, self.mesh, recipe.optimizer, objective, temperature)
             self._peaks[key] = targets.peak_memory(trainer, batch)
         peak, fits = self._peaks[key]
-        rows = f"rows of {batch['tokens'].shape[-1]:,} tokens"
+        row = batch["tokens"].shape[-1]
         if fits and peak + held <= self.target.memory:
-            return Part(peak + held, True, rows)
-        return Part(peak + held, False, self.advice(model, c, recipe, batch["tokens"].shape[-1], held))
+            return Part(peak + held, True, f"rows of {row:,} tokens")
+        return Part(peak + held, False, self.advice(model, c, recipe, row, peak, held))
 
-    def advice(self, model: str, c: Qwen2Config, recipe: GRPOConfig | SFTConfig, row: int, held: float) -> str:
-        """What to change where an update does not fit: what costs least first."""
+    def advice(
+        self, model: str, c: Qwen2Config, recipe: GRPOConfig | SFTConfig, row: int, peak: float, held: float
+    ) -> str:
+        """What to change where an update of rows of so many tokens does not fit: what costs least first."""
         where = f"models.{model}.{'grpo' if isinstance(recipe, GRPOConfig) else 'sft'}"
         devices, tensor = len(self.target.devices), self.axes.tensor
-        state = 16 * c.parameters / self.split
         if self.split < devices:
-            return f"split the weights over all devices: mesh.data=1 mesh.fsdp={devices // tensor}"
-        if state + held > self.target.memory:
-            parts = f"weights, gradient and moments take {size(state)} of a device"
-            parts += f", and what is held beside them {size(held)}" if held else ""
-            return f"{parts}: take chips with more memory{'' if held > state else ', or more of them'}"
+            return f"split the weights over all devices, mesh.data=1 mesh.fsdp={devices // tensor}"
         if recipe.micro_rows > 1:
-            return f"{where}.micro_rows=1 in place of {recipe.micro_rows}"
-        longer = f"shorter than {row:,} tokens"
+            return f"set {where}.micro_rows=1"
+        # What is neither weights, gradient and moments nor held beside the update grows with the row.
+        state = 16 * c.parameters / self.split
+        fitting = int(row * (self.target.memory - held - state) / max(1, peak - state)) // LEAST_ROW * LEAST_ROW
+        if fitting < row // 4:
+            beside = f" and the samplers' weights {size(held)}" if held else ""
+            return f"weights, gradient and moments take {size(state)}{beside}, so take chips with more memory, or more"
         if isinstance(recipe, SFTConfig):
-            return f"rows {longer}: lower {where}.max_length, and longer responses are left out"
-        if recipe.row_tokens:
-            return f"rows {longer}: lower {where}.row_tokens, which need hold only a prompt and sampling.max_tokens"
-        return f"rows {longer}: lower {where}.sampling.max_tokens"
+            return f"set {where}.max_length to about {fitting:,}, and longer responses are left out"
+        settings = f"{where}.row_tokens and {where}" if recipe.row_tokens else where
+        return f"rows of about {fitting:,} tokens fit in place of {row:,}, so lower {settings}.sampling.max_tokens"
 
 
 def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) -> str:
@@ -188,7 +190,7 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
         if study.done(step):
             rows.append([step.name, "done", "", "", "", ""])
             continue
-        name, *rest = cells(study, step, first)
+        rest = cells(study, step, first)
         first = False
         for title, part in on.parts(step).items():
             rows.append([title, *rest, size(part.memory), f"yes, {part.said}" if part.fits else "no"])
@@ -199,7 +201,7 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
     heading = f"{study.config.study} in {study.root}, on {target.name}: {len(target.devices)} devices of "
     heading += f"{target.memory / targets.GIB:.2f} GiB{hosts}, {settings_of(on.axes)}"
     notes = (
-        f"{TOKENS} Updates were compiled for {target.name} with responses of the greatest length; sampling is estimated "
-        "from its largest arrays."
+        f"{TOKENS} Updates were compiled for {target.name} with responses of the greatest length; sampling is "
+        "estimated from its largest arrays."
     )
     return "\n".join([heading, table(rows), *wrong, *([on.note] if on.note else []), notes])
