@@ -39,7 +39,7 @@ def choose_mesh(config: MeshConfig, devices: int) -> tuple[MeshConfig, str]:
     else one that splits weights over all of them."""
     split = config.fsdp * config.tensor
     data = devices // split if config.data == -1 else config.data
-    if config.model_fields_set and data * split == devices:
+    if (config.model_fields_set or devices == 1) and data * split == devices:
         return MeshConfig(data=data, fsdp=config.fsdp, tensor=config.tensor), ""
     tensor = config.tensor if devices % config.tensor == 0 else 1
     chosen = MeshConfig(data=1, fsdp=devices // tensor, tensor=tensor)
@@ -197,8 +197,9 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
             rest = [""] * len(rest)
             if not part.fits:
                 wrong.append(f"{title} does not fit: {part.said}.")
+    devices = f"{len(target.devices)} device{'s' if len(target.devices) > 1 else ''}"
     hosts = f" on {target.hosts} hosts" if target.hosts > 1 else ""
-    heading = f"{study.config.study} in {study.root}, on {target.name}: {len(target.devices)} devices of "
+    heading = f"{study.config.study} in {study.root}, on {target.name}: {devices} of "
     heading += f"{target.memory / targets.GIB:.2f} GiB{hosts}, {settings_of(on.axes)}"
     notes = (
         f"{TOKENS} Updates were compiled for {target.name} with responses of the greatest length; sampling is "
