@@ -185,7 +185,7 @@ class TargetPlan:
 def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) -> str:
     """A table of the study's steps on a target: what each device needs, whether it fits, and what to change if not."""
     on = TargetPlan(study, target, say)
-    rows, first, wrong = [[*HEADING, "fits"]], True, []
+    rows, first, wrong = [[*HEADING, "fits"]], True, {}
     for step in study.steps:
         if study.done(step):
             rows.append([step.name, "done", "", "", "", ""])
@@ -196,7 +196,7 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
             rows.append([title, *rest, size(part.memory), f"yes, {part.said}" if part.fits else "no"])
             rest = [""] * len(rest)
             if not part.fits:
-                wrong.append(f"{title} does not fit: {part.said}.")
+                wrong.setdefault(part.said, []).append(title)
     devices = f"{len(target.devices)} device{'s' if len(target.devices) > 1 else ''}"
     hosts = f" on {target.hosts} hosts" if target.hosts > 1 else ""
     heading = f"{study.config.study} in {study.root}, on {target.name}: {devices} of "
@@ -205,4 +205,5 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
         f"{TOKENS} Updates were compiled for {target.name} with responses of the greatest length; sampling is "
         "estimated from its largest arrays."
     )
-    return "\n".join([heading, table(rows), *wrong, *([on.note] if on.note else []), notes])
+    told = [f"Does not fit: {', '.join(titles)}: {said}." for said, titles in wrong.items()]
+    return "\n".join([heading, table(rows), *told, *([on.note] if on.note else []), notes])
