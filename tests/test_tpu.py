@@ -100,7 +100,7 @@ def trainer_and_batch(size, kind, target):
     return trainer, largest_batch(recipe, longest, trainer.batch_shards)
 
 
-QUICK = [("1.5B", "grpo", "v5e-16"), ("3B", "sft", "v6e-8")]
+QUICK = [("1.5B", "grpo", "v5e-16"), ("3B", "sft", "v6e-8"), ("3B", "grpo", "v5p-8")]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in ((size, kind, name) for size in QWEN for kind in RECIPES for name in ("v5e-16", "v5p-8", "v6e-8"))
@@ -115,7 +115,7 @@ def test_updates_fit(size, kind, name):
     compiled = targets.compile_update(trainer, batch, quick=True)
     peak = compiled.memory_analysis().peak_memory_in_bytes
     state = 12 * QWEN[size].parameters / len(target.devices)
-    assert state < peak < 0.95 * target.memory  # quick compilation may be 5% off
+    assert state < peak < 0.9 * target.memory  # quick compilation may be 6% off
     text = compiled.as_text()
     assert all(kernel in text for kernel in KERNELS)
     time = batch["tokens"].shape[-1]
