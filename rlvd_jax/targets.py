@@ -111,7 +111,7 @@ def find(name: str) -> Target:
     """The slice of that name; UserError if there is none or libtpu is missing."""
     kind, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise UserError("--target compiles with libtpu, which is not installed: pip install libtpu")
+        raise UserError("--target compiles with libtpu, which is not installed: pip install 'jax[tpu]'")
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies

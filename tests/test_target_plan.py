@@ -15,7 +15,7 @@ from rlvd_jax.target_plan import choose_mesh, largest_batch, plan_on, sampling_p
 
 GIB = 2**30
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
 )
 
 

@@ -19,7 +19,7 @@ from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.step import Trainer
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
 )
 common = {"vocab_size": 151936, "num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True}
 QWEN = {
@@ -78,7 +78,7 @@ def test_names_that_are_no_slice(name, message):
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(UserError, match="libtpu, which is not installed: pip install libtpu"):
+    with pytest.raises(UserError, match=r"libtpu, which is not installed: pip install 'jax\[tpu\]'"):
         targets.find("v5e-16")
 
 
