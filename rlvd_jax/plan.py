@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlvd_jax import hub
+from rlvd_jax.config import SamplingConfig
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.study import DEMO_MODELS, Step, Study
 from rlvd_jax.training.loss import LOGITS_AT_ONCE
+
+PROMPT = 256  # tokens that a prompt is taken to have at most
+SLOTS = 1024  # responses in flight on a device, where memory is no limit
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ def training_memory(c: Qwen2Config, itemsize: int, tokens: int, reference: bool)
     return state + tokens * c.num_hidden_layers * c.hidden_size * itemsize + layer + logits
 
 
+def slots(sampling: SamplingConfig, responses: int) -> int:
+    """Responses in flight on a device that has so many to draw."""
+    return min(sampling.slots or SLOTS, responses)
+
+
 def cost(study: Study, step: Step) -> Cost:
     """What is left to do of a step costs this much."""
     config = study.config
@@ -61,13 +70,10 @@ def cost(study: Study, step: Step) -> Cost:
     itemsize = 4 if config.dtype == "float32" or (config.dtype == "auto" and config.device == "cpu") else 2
     sampling = config.model_sampling(step.model)
 
-    def slots(sampling, responses):
-        return min(sampling.slots or 1024, responses)
-
     if step.kind == "respond":
         count = sum(len(s) for s in study.missing(step).values())
         length = mean_length(study, step.model, step.problems, sampling.max_tokens)
-        memory = sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, count))
+        memory = sampling_memory(c, itemsize, sampling.max_tokens + PROMPT, slots(sampling, count))
         return Cost(sampled=count * length, memory=memory)
     model = config.models[step.model]
     if grpo := model.grpo:
@@ -78,11 +84,11 @@ def cost(study: Study, step: Step) -> Cost:
         if grpo.evaluate_on and grpo.evaluate_every:
             times = 1 + -(-grpo.steps // grpo.evaluate_every)
             evaluations = times * len(study.problems(grpo.evaluate_on)) * grpo.evaluate_samples
-        row = grpo.row_tokens or sampling.max_tokens + 256
+        row = grpo.row_tokens or sampling.max_tokens + PROMPT
         held = (12 + (itemsize if grpo.kl else 0)) * c.parameters  # weights and moments, and the start model
         memory = max(
             training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0),
-            sampling_memory(c, itemsize, sampling.max_tokens + 256, slots(sampling, responses)) + held,
+            sampling_memory(c, itemsize, sampling.max_tokens + PROMPT, slots(sampling, responses)) + held,
         )
         return Cost(
             sampled=(grpo.steps * responses + evaluations) * length,
@@ -107,35 +113,46 @@ def amount(value: float) -> str:
     return f"{value:.0f}"
 
 
+def cells(study: Study, step: Step, first: bool) -> list[str]:
+    """Of a step that is to do: how far it is, tokens to sample and to train on."""
+    state = "next" if first else "to do"
+    if step.kind == "respond":
+        total = len(study.problems(step.problems)) * step.samples
+        left = sum(len(s) for s in study.missing(step).values())
+        if left < total:
+            state += f", {total - left:,} of {total:,} there"
+    spent = cost(study, step)
+    return [state, *(amount(x) if x else "" for x in (spent.sampled, spent.trained))]
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns; the third to fifth are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<<>>><"
+    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=False)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def size(memory: float) -> str:
+    """Bytes in words."""
+    return f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.1f} MiB"
+
+
+HEADING = ["step", "state", "sample tokens", "train tokens", "memory/device"]
+TOKENS = "Tokens are the most there can be where no response of the study tells the usual length."
+
+
 def plan(study: Study) -> str:
     """A table of the study's steps: state, tokens at most, device memory."""
-    rows = [("step", "state", "sample tokens", "train tokens", "memory/device")]
-    first = True
+    rows, first = [HEADING], True
     for step in study.steps:
         if study.done(step):
-            rows.append((step.name, "done", "", "", ""))
-            continue
-        state, first = ("next" if first else "to do"), False
-        if step.kind == "respond":
-            total = len(study.problems(step.problems)) * step.samples
-            left = sum(len(s) for s in study.missing(step).values())
-            if left < total:
-                state += f", {total - left:,} of {total:,} there"
-        spent = cost(study, step)
-        rows.append(
-            (
-                step.name,
-                state,
-                amount(spent.sampled) if spent.sampled else "",
-                amount(spent.trained) if spent.trained else "",
-                f"{spent.memory / 2**30:.1f} GiB" if spent.memory >= 2**30 else f"{spent.memory / 2**20:.1f} MiB",
-            )
-        )
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    sides = "<<>>>"  # numbers to the right
-    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows]
+            rows.append([step.name, "done", "", "", ""])
+        else:
+            rows.append([step.name, *cells(study, step, first), size(cost(study, step).memory)])
+            first = False
     notes = (
-        "Tokens are the most there can be where no response of the study tells the usual length. Memory is what the "
-        "largest arrays take with whole weights on each device; the sampler takes fewer slots where less is free."
+        f"{TOKENS} Memory is what the largest arrays take with whole weights on each device; the sampler takes fewer "
+        "slots where less is free."
     )
-    return f"{study.config.study} in {study.root}\n" + "\n".join(line.rstrip() for line in lines) + "\n" + notes
+    return f"{study.config.study} in {study.root}\n{table(rows)}\n{notes}"

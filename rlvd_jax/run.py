@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--plan", action="store_true", help="print the steps, what is done and what each costs; do nothing"
     )
+    parser.add_argument(
+        "--target",
+        metavar="SLICE",
+        help="with --plan: does each step fit on this TPU slice, v5e:4x4, v5p-8 or the like? No TPU is needed",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_intermixed_args(argv)
     if "=" in args.config and not Path(args.config).is_file():
@@ -139,6 +144,15 @@ def run(args: argparse.Namespace) -> int:
     from rlvd_jax.study import Study
 
     study = Study(config)
+    if args.target:
+        if not args.plan:
+            raise UserError("--target goes with --plan: it tells what fits on a slice, without using one")
+        prepare_device("cpu")  # compiling for a slice needs no other, and takes no TPU away
+        from rlvd_jax import targets
+        from rlvd_jax.target_plan import plan_on
+
+        print(plan_on(study, targets.find(args.target), lambda line: print(line, file=sys.stderr, flush=True)))
+        return 0
     if args.plan:
         from rlvd_jax.plan import plan
 

@@ -1,6 +1,14 @@
 """Fixtures of several test files. JAX is imported only by the tests that use them."""
 
+import importlib.util
+import os
+
 import pytest
+
+if importlib.util.find_spec(
+    "libtpu"
+):  # it is here to compile with; left alone JAX would look for a TPU in every process
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])

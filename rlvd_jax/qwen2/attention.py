@@ -1,23 +1,32 @@
 """Causal attention for training and prefill: the one place where an implementation is chosen.
 
-On NVIDIA GPUs cuDNN's fused kernel takes bfloat16 heads whose size it knows; everything else, CPUs and
-TPUs included, takes the plain form, whose scores are held whole ([batch, heads, time, time], float32).
+On NVIDIA GPUs cuDNN's fused kernel takes bfloat16 heads whose size it knows; on TPUs JAX's splash attention kernel
+takes rows of a block and more; everything else, CPUs included, takes the plain form, whose scores are held whole
+([batch, heads, time, time], float32).
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 
-def attend(q, k, v, segments):
+def attend(q, k, v, segments, mesh: Mesh | None = None):
     """Causal grouped-query attention inside segments.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; segments: [batch, time] int32,
-    where 0 is padding and attends to nothing that matters. Returns [batch, time, heads, head_dim].
+    where 0 is padding and attends to nothing that matters. mesh: the devices that this is compiled for, over which
+    rows and heads are split as mesh.py says; None: JAX's default backend. Returns [batch, time, heads, head_dim].
     """
-    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
+    # A program may be compiled for devices that are not here (targets.py), so the mesh is asked first.
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
         return jax.nn.dot_product_attention(q, k, v, mask=_mask(segments)[:, None], implementation="cudnn")
+    if platform == "tpu" and mesh is not None and q.shape[1] >= LANES:
+        return on_each_device(splash, q, k, v, segments, mesh)
     return plain(q, k, v, _mask(segments))
 
 
@@ -37,3 +46,57 @@ def plain(q, k, v, mask):
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
     return out.reshape(batch, time, heads, head_dim)
+
+
+# ---- TPUs ----------------------------------------------------------------------------------------------
+
+LANES = 128  # a TPU's vector registers are so wide; the kernel's blocks are multiples of it
+
+
+def on_each_device(kernel, q, k, v, segments, mesh: Mesh):
+    """kernel(q, k, v, segments) on each device's own rows and heads: the compiler cannot split a kernel by itself.
+
+    Heads that `tensor` does not divide stay whole on each device; key-value heads are repeated where there are too
+    few to split.
+    """
+    tensor = mesh.shape["tensor"]
+    heads, kv_heads = q.shape[2], k.shape[2]
+    split = heads % tensor == 0
+    if split and kv_heads % tensor:
+        k, v = (jnp.repeat(x, math.lcm(kv_heads, tensor) // kv_heads, axis=2) for x in (k, v))
+    rows = PartitionSpec(("data", "fsdp"))
+    each = PartitionSpec(*rows, None, "tensor" if split else None)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(each, each, each, rows), out_specs=each, check_vma=False)(
+        q, k, v, segments
+    )
+
+
+def splash_block(time: int) -> int:
+    """Tokens of the kernel's blocks: large ones are fast, but padding the row to a multiple may add an eighth only."""
+    return next((block for block in (4 * LANES, 3 * LANES, 2 * LANES) if -time % block <= time // 8), LANES)
+
+
+def splash(q, k, v, segments, interpret: bool = False):
+    """`attend` by JAX's splash attention kernel, forward and backward, on one device; memory is linear in time.
+
+    interpret: run the kernel's steps one by one on any device, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    time, heads, head_dim = q.shape[1:]
+    block = splash_block(time)
+    padded = time + -time % block
+
+    def lay_out(x):  # [batch, time, heads, head_dim] → [batch, heads, padded, head_dim]
+        return jnp.pad(x, ((0, 0), (0, padded - time), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = library.make_splash_mha_single_device(
+        library.MultiHeadMask([library.CausalMask((padded, padded))] * heads),
+        block_sizes=library.BlockSizes(**dict.fromkeys(sizes, block)),
+        interpret=interpret,
+    )
+    segments = jnp.pad(segments, ((0, 0), (0, padded - time)))
+    q = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)
+    out = jax.vmap(kernel)(lay_out(q), lay_out(k), lay_out(v), library.SegmentIds(segments, segments))
+    return out.swapaxes(1, 2)[:, :time]

@@ -84,8 +84,8 @@ class Layers(nnx.Module):
         return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
 
 
-def layer(c: Qwen2Config, x, w, rope, segments):
-    """One transformer layer; x: [batch, time, hidden]; w: this layer's weights."""
+def layer(c: Qwen2Config, x, w, rope, segments, mesh=None):
+    """One transformer layer; x: [batch, time, hidden]; w: this layer's weights; mesh: as in `Qwen2`."""
     w = {name: value.astype(x.dtype) if value.ndim == 2 else value for name, value in w.items()}
     batch, time, _ = x.shape
 
@@ -96,7 +96,7 @@ def layer(c: Qwen2Config, x, w, rope, segments):
     with jax.named_scope("attention"):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
         q, k = rotate(heads(h, "q"), rope), rotate(heads(h, "k"), rope)
-        out = attend(q, k, heads(h, "v"), segments)
+        out = attend(q, k, heads(h, "v"), segments, mesh)
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
@@ -113,17 +113,18 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments):
+    def __call__(self, tokens, positions, segments, mesh=None):
         """Hidden states after the final norm.
 
-        tokens, positions, segments: [batch, time] int32; segments 0 is padding. → [batch, time, hidden], `dtype`.
+        tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh: what it is compiled for, see
+        `attend`. → [batch, time, hidden], `dtype`.
         """
         c = self.config
         x = self.embedding[...][tokens].astype(self.dtype)
         rope = rope_table(positions, c.head_dim, c.rope_theta)
 
         def body(x, w):
-            return layer(c, x, w, rope, segments), None
+            return layer(c, x, w, rope, segments, mesh), None
 
         # One layer's activations are recomputed in the backward pass, so only the residual stream is kept.
         x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, self.layers.stack())

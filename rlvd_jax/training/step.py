@@ -111,7 +111,7 @@ class Trainer:
 
     def _forward(self, params, micro):
         model = nnx.merge(self.graphdef, params)
-        hidden = model(micro["tokens"], micro["positions"], micro["segments"])
+        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh)
         return token_logprobs(
             hidden, model.unembedding(), micro["tokens"], temperature=self.temperature, shards=self.batch_shards
         )

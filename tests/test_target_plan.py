@@ -1,0 +1,178 @@
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_study
+from test_plan import BIG, lines, paper
+
+from rlvd_jax import run, targets
+from rlvd_jax.config import GRPOConfig, MeshConfig, SamplingConfig, SFTConfig
+from rlvd_jax.plan import sampling_memory
+from rlvd_jax.target_plan import choose_mesh, largest_batch, plan_on, sampling_part
+
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+)
+
+
+def test_the_mesh_is_the_configs_where_it_fits():
+    for config, devices in (
+        (MeshConfig(fsdp=16), 16),
+        (MeshConfig(data=-1, fsdp=4), 16),
+        (MeshConfig(tensor=2, fsdp=2, data=4), 16),
+    ):
+        mesh, said = choose_mesh(config, devices)
+        assert mesh.data * mesh.fsdp * mesh.tensor == devices and said == ""
+        assert (mesh.fsdp, mesh.tensor) == (config.fsdp, config.tensor)
+
+
+@pytest.mark.parametrize(
+    "config, devices, axes, said",
+    [
+        (MeshConfig(), 16, (1, 16, 1), "mesh is not set: this is for mesh.data=1 mesh.fsdp=16 mesh.tensor=1,"),
+        (MeshConfig(fsdp=32), 16, (1, 16, 1), "The config's mesh does not multiply to 16 devices: this is for"),
+        (MeshConfig(data=2, tensor=2), 16, (1, 8, 2), "does not multiply to 16 devices"),
+        (MeshConfig(tensor=3), 16, (1, 16, 1), "does not multiply to 16 devices"),
+    ],
+)  # fmt: skip
+def test_else_the_weights_are_split_over_all_devices(config, devices, axes, said):
+    mesh, note = choose_mesh(config, devices)
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == axes and said in note
+
+
+def test_the_largest_batch_of_an_update():
+    grpo = GRPOConfig(start="m", problems="p")
+    batch = largest_batch(grpo, 4256, 16)
+    assert batch["tokens"].shape == (64, 16, 4352)  # 280 rows of one response, in 18 micro-batches: 64 is their bound
+    assert set(batch) == {"tokens", "positions", "segments", "weight", "advantage", "logp", "used"}
+    assert (batch["segments"] > 0).sum() == 280 * 4256
+    several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1, "micro_rows": 4}), 4256, 16)
+    assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (16, 64, 4352)
+    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 16)["tokens"].shape == (16, 16, 8192)
+    sft = SFTConfig(student="m", teacher="t", problems="p")
+    assert largest_batch(sft, 4256, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
+    assert largest_batch(sft, 4256, 1)["tokens"].shape == (1, 1, 24576)  # ... one row all four
+    assert largest_batch(sft, 40000, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
+
+
+def test_sampling():
+    c, memory = BIG, 15.75 * GIB
+    weights, slot = sampling_memory(c, 2, 4256, 0), sampling_memory(c, 2, 4256, 1) - sampling_memory(c, 2, 4256, 0)
+    assert weights == 2 * c.parameters and slot == 4256 * 36 * 2 * 2 * 128 * 2 + 24 * 151936
+    free = int((0.92 * memory - weights) // slot)
+    assert 48 <= free < 64
+    settings = SamplingConfig()
+    part = sampling_part(c, 2, settings, 8000, 0, memory)
+    assert part.fits and part.said == "48 of 1,024 slots" and part.memory == weights + 48 * slot
+    assert sampling_part(c, 2, settings, 20, 0, memory).said == "20 slots"
+    assert sampling_part(c, 2, settings.model_copy(update={"slots": 30}), 8000, 0, memory).said == "30 slots"
+    beside = sampling_part(c, 2, settings, 8000, (free - 5) * slot, memory)
+    assert beside.said == "5 of 1,024 slots" and beside.memory == pytest.approx(weights + free * slot)
+    full = sampling_part(c, 2, settings, 8000, 0.92 * memory - weights + 1, memory)
+    assert not full.fits and "take chips with more memory" in full.said
+    long = settings.model_copy(update={"max_tokens": 10**6})
+    whole = sampling_memory(c, 2, 32768, 1)  # a response ends with the model's context
+    assert sampling_part(c, 2, long, 8000, 0.92 * memory - whole - 1, memory).said == "1 of 1,024 slots"
+    short = sampling_part(c, 2, long, 8000, 0.92 * memory - whole + 1, memory)
+    assert not short.fits and "one response of 32,768 tokens is too long for the 14.5 GiB" in short.said
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """Stands for the compiler: `peaks["is"]` is what it finds; the batches that it is asked about are kept."""
+    found = {"is": (4 * GIB, True), "batches": []}
+
+    def peak_memory(trainer, batch):
+        found["batches"].append(batch["tokens"].shape)
+        return found["is"]
+
+    monkeypatch.setattr(targets, "peak_memory", peak_memory)
+    return found
+
+
+def shown(tmp_path, name, *overrides):
+    """The table's rows, the sentences below it, and what was compiled."""
+    said = []
+    text = plan_on(paper(tmp_path, "device=auto", *overrides), targets.find(name), said.append)
+    return lines(text), text, said
+
+
+@needs_libtpu
+def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
+    again = """{student: rl, teacher: rl, problems: train, optimizer: {learning_rate: 1e-5}}"""
+    rows, text, said = shown(tmp_path, "v5p-8", f"models.other.sft={again}", "mesh.fsdp=4")
+    assert text.startswith(f"paper in {tmp_path}/paper, on v5p:2x2x1: 4 devices of 95.74 GiB, mesh.data=1 mesh.fsdp=4")
+    assert "mesh is" not in text and "Does not fit" not in text
+    assert rows["step"][-2:] == ["memory/device", "fits"]
+    # A GRPO step has two parts. Beside the update are two samplers' weights, beside the practice the training state and
+    # the evaluation's weights.
+    samplers = 2 * 2 * BIG.parameters
+    assert rows["train rl: update"][-2:] == [f"{4 + samplers / GIB:.1f} GiB", "yes, rows of 4,352 tokens"]
+    drawn = sampling_memory(BIG, 2, 4256, 1024) + 12 * BIG.parameters / 4 + 2 * BIG.parameters
+    assert drawn > 95.74 * GIB and re.match(r"yes, \d+ of 1,024 slots", rows["train rl: sampling"][-1])
+    assert rows["train pupil"][-2:] == rows["train other"][-2:] == ["4.0 GiB", "yes, rows of 6,144 tokens"]
+    assert len(said) == len(peaks["batches"]) == 2, "two SFT steps are one program"
+    assert peaks["batches"] == [(256, 4, 4352), (1, 4, 6144)]
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "name, overrides, peak, sentence",
+    [
+        ("v5e-16", ["mesh.fsdp=4"], 60, "pupil: split the weights over all devices, mesh.data=1 mesh.fsdp=16."),
+        ("v5e-16", ["models.pupil.sft.micro_rows=2"], 20, "pupil: set models.pupil.sft.micro_rows=1."),
+        ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
+        ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
+        ("v6e-8", ["models.rl.grpo.evaluate_every="], 35,
+         "rl: update: rows of about 2,816 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
+        ("v6e-8", ["models.rl.grpo.row_tokens=6144"], 35,
+         "rl: update: rows of about 2,816 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
+         "models.rl.grpo.sampling.max_tokens."),
+        ("v5e-4", [], 20, "weights, gradient and moments take 11.5 GiB and the samplers' weights 11.5 GiB, so take"),
+    ],
+)  # fmt: skip
+def test_what_to_change(tmp_path, peaks, name, overrides, peak, sentence):
+    peaks["is"] = (peak * GIB, False)
+    rows, text, _ = shown(tmp_path, name, *overrides)
+    assert sentence in text
+    assert rows["train pupil"][-1] == "no"
+
+
+def test_target_goes_with_plan(capsys):
+    assert run.main(["--target", "v5e-16"]) == 2
+    assert capsys.readouterr().err == (
+        "rlvd_jax: --target goes with --plan: it tells what fits on a slice, without using one\n"
+    )
+
+
+@needs_libtpu
+def test_from_the_command_line(tmp_path):
+    """With the compiler, and with nothing of its noise."""
+    tiny_study.write(tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k not in (*targets.QUIET, "JAX_PLATFORMS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "rlvd_jax.run", "--plan", "--target", "v5e-1", "tiny.yaml"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    heading = "tiny in runs/tiny, on v5e:1x1: 1 device of 15.75 GiB, mesh.data=1 mesh.fsdp=1 mesh.tensor=1\n"
+    assert done.stdout.startswith(heading) and "mesh is" not in done.stdout
+    rows = lines(done.stdout)
+    training = [rows[name] for name in rows if name.startswith("train") and not name.endswith("sampling")]
+    assert len(training) == 5 and all(row[-1].startswith("yes, rows of") for row in training)
+    assert rows["sample base on test"][-1] == "yes, 32 slots"
+    told = done.stderr.splitlines()
+    assert told and all(
+        re.fullmatch("compiling the update of .* for v5e:1x1, which may take a minute", t) for t in told
+    )
+    assert len(told) < len(training)
+    assert not (tmp_path / "runs").exists()
