@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from tiny_qwen2 import CONFIGS, logits, params_of, random_model
 
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
-from rlvd_jax.sampling import Request, Sampler
+from rlvd_jax.sampling import Request, Sampler, decoder
 from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
 
@@ -385,21 +386,116 @@ def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
 
 def test_slots_that_fit_in_memory():
     """Whole sixteens where there is room, no more than asked for or needed, and a sentence where none fits."""
-    each = 128 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size
+    each = 208 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size  # a prompt of up to 128 and 80 tokens, in whole 64s: 256
+    each += 48 * TIED.cache_bytes(4)
 
-    def plan(responses, slots=None, room=None, devices=1):
-        sampler = Sampler(TIED, SETTINGS.model_copy(update={"slots": slots}), ())
+    def plan(responses, slots=None, room=None, devices=1, layout="plain"):
+        settings = SETTINGS.model_copy(update={"slots": slots})
+        sampler = Sampler(TIED, settings, (), layout=layout)
         stats = None if room is None else {"bytes_limit": (room * each + 1000) / 0.92, "bytes_in_use": 990}
         sampler.devices = [SimpleNamespace(memory_stats=lambda: stats)] * devices
+        sampler.mesh = SimpleNamespace(shape={"data": devices})
         return sampler.plan(128, responses)
 
-    assert plan(5000) == 1024
-    assert plan(100) == 112
-    assert plan(100, devices=8) == 16
-    assert plan(100, slots=50) == 50
-    assert plan(3, slots=50) == 16
-    assert plan(5000, room=40.5) == 32
-    assert plan(5000, room=9.5) == 9
-    assert plan(10, room=40.5) == 16
-    with pytest.raises(UserError, match=r"max_tokens: one response of 128 positions needs .* lower max_tokens"):
+    assert plan(5000).slots == 1024
+    assert plan(100).slots == 112
+    assert plan(100, devices=8).slots == 16
+    assert plan(100, slots=50).slots == 50
+    assert plan(3, slots=50).slots == 16
+    assert plan(5000, room=40.5).slots == 32
+    assert plan(5000, room=9.5).slots == 9
+    assert plan(10, room=40.5).slots == 16
+    with pytest.raises(UserError, match=r"max_tokens: one response of 256 positions needs .* lower max_tokens"):
         plan(10, room=0.5)
+
+    # Pages: room for every slot's longest response where there is memory, and never more than memory has.
+    most = plan(5000, layout="interpret")
+    assert (most.slots, most.length) == (1024, 256)
+    assert most.pages == 1024 * 256 // 8 + sampler_module.PREFILL * 128 // 8
+    tight = plan(5000, room=40.5, layout="interpret")
+    assert tight.slots > 16
+    used = tight.pages * 8 * TIED.cache_bytes(4) + tight.slots * 6 * 4 * TIED.vocab_size
+    prefilled = sampler_module.PREFILL * 128 * TIED.cache_bytes(4)
+    assert 0.8 * 40.5 * each < used + prefilled <= 40.5 * each + 10
+    with pytest.raises(UserError, match="lower max_tokens"):
+        plan(10, room=2.5, layout="interpret")
+
+
+# ---- pages, and the kernels that read them ---------------------------------------------------------------
+
+
+def paged(model, pages=None, **settings):
+    """A sampler whose cache is pages of 8 positions, read by the GPU's kernels step by step."""
+    sampler = Sampler(model.config, SETTINGS.model_copy(update=settings), NEVER, layout="interpret")
+    sampler.load(params_of(model))
+    if pages:
+        plan = sampler.plan
+        sampler.plan = lambda *wanted: dataclasses.replace(plan(*wanted), pages=pages)
+    return sampler
+
+
+def test_pages_make_no_difference(model, requests, whole):
+    """Prompts that share pages, end within one or at its edge; slots that are refilled, and that become fewer."""
+    assert_same(run(paged(model, slots=7), requests[::-1]), whole)
+
+
+def test_a_pool_that_runs_dry(model, requests, whole):
+    """The youngest are given up and begun again, to the same result; all pages come back."""
+    sampler = paged(model, pages=40, slots=16)
+    groups = []
+    refill = sampler_module._Run._refill
+
+    def watch(self):
+        groups[:] = self.groups
+        for g in self.groups:  # every page is free, a prompt's, or in one slot only
+            own = [p for s, n in enumerate(g.held) for p in g.table[s, :n] if g.live[s]]
+            shared = [p for x in g.shared.values() for p in x.pages]
+            assert sorted([*g.free, *shared, *set(own).difference(shared)]) == list(range(40))
+        refill(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_module._Run, "_refill", watch)
+        assert_same(run(sampler, requests), whole)
+    assert sampler.counts["given_up"] > 5
+    assert len(groups[0].free) == 40
+
+
+ON_FOUR = """
+    import pickle, sys
+    import jax
+    from test_sampler import CONFIGS, SETTINGS, Sampler, assert_same, params_of, random_model, run
+
+    def split(name, layout, tensor, devices=None):
+        model = random_model(CONFIGS[name])
+        settings = SETTINGS.model_copy(update={"tensor": tensor, "slots": 8, "max_tokens": 30})
+        sampler = Sampler(model.config, settings, (), layout=layout, devices=devices)
+        sampler.load(params_of(model))
+        down = sampler.weights["layers"][0]["down"]
+        assert down.addressable_shards[0].data.shape[0] == down.shape[0] // tensor
+        return run(sampler, requests)
+
+    requests = pickle.load(sys.stdin.buffer)
+    for name, splits in (("tied", [("plain", 2), ("interpret", 2), ("plain", 4)]), ("untied", [("plain", 4)])):
+        whole = split(name, "plain", 1, jax.devices()[:1])
+        for layout, tensor in splits:
+            assert_same(split(name, layout, tensor), whole)
+"""
+
+
+def test_weights_split_over_devices(requests):
+    """Two groups of two devices, and one of four, draw what one device does: with more devices than key-value heads,
+    and with a vocabulary that can be split and one that cannot."""
+    few = [Request(r.prompt, r.question, r.samples[:2]) for r in requests]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", textwrap.dedent(ON_FOUR)]
+    result = subprocess.run(command, input=pickle.dumps(few), capture_output=True, env=environment)
+    assert result.returncode == 0, result.stderr.decode()
+
+
+def test_what_cannot_be_split():
+    for tensor, message in ((3, "divide the 1 devices"), (2, "divide the 1 devices")):
+        with pytest.raises(UserError, match=message):
+            Sampler(TIED, SETTINGS.model_copy(update={"tensor": tensor}), ())
+    for size, message in ((3, "query heads cannot be split over 3"), (8, "cannot be split over 8 devices")):
+        with pytest.raises(UserError, match=message):
+            decoder.check_split(TIED, size)

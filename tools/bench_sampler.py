@@ -152,7 +152,7 @@ def main() -> None:
             f"{args.shape} {name}: {result['tokens_per_second']:,.0f} tokens/s, {result['share_of_floor']:.0%} of the "
             f"floor ({floor:,.0f}); {seconds:.2f} s, {counts['steps']} steps of "
             f"{result['milliseconds_per_step']:.2f} ms, {counts['rounds']} rounds, {slots} slots, "
-            f"{counts['given_up']} given up, peak {(result['peak_memory'] or 0) / 2**30:.1f} GiB; first run {first:.1f} s, "
+            f"{counts['given_up']} given up, peak {(result['peak_memory'] or 0) / 2**30:.1f} GiB; first {first:.1f} s, "
             f"of it {result['compile_seconds']:.1f} s compiling {result['programs_compiled']:.0f} programs",
             flush=True,
         )

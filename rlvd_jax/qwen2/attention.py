@@ -24,7 +24,7 @@ def attend(q, k, v, segments, mesh: Mesh | None = None):
     # A program may be compiled for devices that are not here (targets.py), so the mesh is asked first.
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
-        return jax.nn.dot_product_attention(q, k, v, mask=_mask(segments)[:, None], implementation="cudnn")
+        return cudnn(q, k, v, segments) if mesh is None else on_each_device(cudnn, q, k, v, segments, mesh)
     if platform == "tpu" and mesh is not None and q.shape[1] >= LANES:
         return on_each_device(splash, q, k, v, segments, mesh)
     return plain(q, k, v, _mask(segments))
@@ -46,6 +46,32 @@ def plain(q, k, v, mask):
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
     return out.reshape(batch, time, heads, head_dim)
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------------
+
+MOST_SEGMENTS = 128  # of a row; batches.py packs no more
+
+
+def cudnn(q, k, v, segments):
+    """`attend` by cuDNN's fused kernel, forward and backward, on one device: each segment is a sequence of its own, so
+    that nothing is computed between segments, and no mask exists. Segments are 1, 2, … from the left, without gaps."""
+    # Behind `jax.nn.dot_product_attention`, which takes one sequence a row; it has no public name.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    count = min(MOST_SEGMENTS, segments.shape[1])
+    # The kernel leaves padding as it finds it, gradients too, and nothing times what lies there need be nothing.
+    there = (segments > 0)[:, :, None, None]
+    q, k, v = (jnp.where(there, x, 0) for x in (q, k, v))
+    number = jnp.arange(1, count + 1)
+    lengths = jnp.sum(segments[:, :, None] == number, axis=1, dtype=jnp.int32)  # [batch, segments]
+    starts = jnp.cumsum(lengths, axis=1) - lengths
+    used = lengths > 0
+    offsets = jnp.pad(jnp.where(used, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
+    lengths = jnp.where(used, lengths, -1)
+    sequences = lengths, lengths, offsets, offsets
+    scale, mask = q.shape[-1] ** -0.5, MaskType.PADDING_CAUSAL
+    return jnp.where(there, dot_product_attention(q, k, v, None, None, *sequences, scale=scale, mask_type=mask), 0)
 
 
 # ---- TPUs ----------------------------------------------------------------------------------------------

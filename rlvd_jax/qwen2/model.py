@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from rlvd_jax.qwen2.attention import attend
 from rlvd_jax.qwen2.config import Qwen2Config
@@ -73,6 +74,21 @@ def _make(w: Weight, rngs: nnx.Rngs, dtype, lead=()):
     return nnx.Param((jnp.ones if w.init == "ones" else jnp.zeros)(shape, dtype))
 
 
+KEPT = "kept"
+
+
+def keep_products(primitive, *_, **params) -> bool:
+    """What the backward pass need not compute again: the MLP's two wide products, nearly half of a layer's work, and
+    what attention's fused kernel returns."""
+    named = primitive.name == "name" and params["name"] == KEPT
+    return named or "dot_product_attention_fwd" in primitive.name
+
+
+def kept_bytes(c: Qwen2Config, itemsize: int) -> int:
+    """Bytes of each token and layer that `keep_products` holds."""
+    return (2 * c.intermediate_size + c.num_attention_heads * c.head_dim) * itemsize
+
+
 class Layers(nnx.Module):
     """All layers' weights, each with a leading layer axis."""
 
@@ -100,7 +116,8 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None):
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
-        return x + swiglu(h @ w["gate"], h @ w["up"]) @ w["down"]
+        gate, up = (checkpoint_name(h @ w[name], KEPT) for name in ("gate", "up"))
+        return x + swiglu(gate, up) @ w["down"]
 
 
 class Qwen2(nnx.Module):
@@ -113,11 +130,12 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments, mesh=None):
+    def __call__(self, tokens, positions, segments, mesh=None, keep: bool = False):
         """Hidden states after the final norm.
 
         tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh: what it is compiled for, see
-        `attend`. → [batch, time, hidden], `dtype`.
+        `attend`. keep: for the backward pass, `kept_bytes` of each token and layer besides the residual stream; else
+        all of a layer is computed again there. → [batch, time, hidden], `dtype`.
         """
         c = self.config
         x = self.embedding[...][tokens].astype(self.dtype)
@@ -126,8 +144,8 @@ class Qwen2(nnx.Module):
         def body(x, w):
             return layer(c, x, w, rope, segments, mesh), None
 
-        # One layer's activations are recomputed in the backward pass, so only the residual stream is kept.
-        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, self.layers.stack())
+        policy = keep_products if keep else None
+        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, self.layers.stack())
         return rms_norm(x, self.final_norm[...], c.rms_norm_eps)
 
     def unembedding(self):

@@ -29,9 +29,8 @@ AXIS = "tensor"  # of the mesh
 def check_split(c: Qwen2Config, tensor: int) -> None:
     """UserError if the model cannot be split over so many devices."""
     kv = c.num_key_value_heads
-    sizes = {"query heads": c.num_attention_heads, "MLP columns": c.intermediate_size, "tokens": c.vocab_size}
-    for what, size in sizes.items():
-        if tensor > 1 and size % tensor:
+    for what, size in {"query heads": c.num_attention_heads, "MLP columns": c.intermediate_size}.items():
+        if size % tensor:
             raise UserError(f"sampling.tensor: {size} {what} cannot be split over {tensor} devices")
     if kv % tensor and tensor % kv:
         raise UserError(f"sampling.tensor: {kv} key-value heads cannot be split over {tensor} devices")
@@ -79,13 +78,17 @@ def decode_weights(params, c: Qwen2Config, dtype, tensor: int = 1) -> dict:
     return weights
 
 
-def specs(c: Qwen2Config) -> dict:
+def specs(c: Qwen2Config, tensor: int) -> dict:
     """How `decode_weights` are split over the mesh: columns of what reads the residual stream, rows of what adds."""
     columns, rows = P(None, AXIS), P(AXIS)
     layer = {"input_norm": P(), "qkv": columns, "qkv_bias": P(AXIS), "o": rows}
     layer |= {"post_norm": P(), "gate_up": columns, "down": rows}
     weights = {"layers": [layer] * c.num_hidden_layers, "embedding": P(), "final_norm": P()}
-    return weights if c.tie_word_embeddings else weights | {"lm_head": rows}
+    return weights if c.tie_word_embeddings else weights | {"lm_head": rows if _vocab_is_split(c, tensor) else P()}
+
+
+def _vocab_is_split(c: Qwen2Config, tensor: int) -> bool:
+    return tensor > 1 and c.vocab_size % tensor == 0
 
 
 def _summed(x, tensor: int):
@@ -99,16 +102,15 @@ def _after_attention(c: Qwen2Config, w, x, out, tensor: int):
     return x + _summed(swiglu(gate, up) @ w["down"], tensor)
 
 
-def logits(weights, hidden, tensor: int = 1):
-    """float32 logits [rows, vocab] of hidden states [rows, hidden]."""
-    table = weights.get("lm_head")
-    if table is None:
-        table = weights["embedding"]
-        if tensor > 1:  # each device its part
-            size = table.shape[0] // tensor
-            table = jax.lax.dynamic_slice_in_dim(table, jax.lax.axis_index(AXIS) * size, size)
+def logits(c: Qwen2Config, tensor: int, weights, hidden):
+    """float32 logits [rows, vocab] of hidden states [rows, hidden]; each device makes those of its tokens."""
+    split = _vocab_is_split(c, tensor)
+    table = weights["embedding"] if c.tie_word_embeddings else weights["lm_head"]
+    if split and c.tie_word_embeddings:  # whole on each device, since tokens are looked up in it
+        size = c.vocab_size // tensor
+        table = jax.lax.dynamic_slice_in_dim(table, jax.lax.axis_index(AXIS) * size, size)
     out = jnp.einsum("bd,vd->bv", hidden, table, preferred_element_type=jnp.float32)
-    return jax.lax.all_gather(out, AXIS, axis=1, tiled=True) if tensor > 1 else out
+    return jax.lax.all_gather(out, AXIS, axis=1, tiled=True) if split else out
 
 
 def prefill(c: Qwen2Config, tensor: int, weights, tokens, lengths):

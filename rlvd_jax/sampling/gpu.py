@@ -33,7 +33,7 @@ def parts_of(rows: int) -> int:
 
 
 def product(h, w):
-    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], float32 where there are several, to be added."""
+    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several."""
     parts, _, k = h.shape
     if parts == 1:
         return (h[0] @ w)[None]
@@ -220,8 +220,8 @@ def _attend_kernel(
 
 @partial(jax.jit, static_argnames=("eps", "parts", "interpret"))
 def add_norm(x, y, weight, eps: float, *, parts: int = 1, interpret=False):
-    """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be added
-    up; weight: [hidden]. → [rows, hidden], [parts, rows, hidden / parts]"""
+    """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be
+    added up; weight: [hidden]. → [rows, hidden], [parts, rows, hidden / parts]"""
     rows, hidden = x.shape
     return pl.pallas_call(
         partial(_add_norm_kernel, hidden=hidden, eps=eps),

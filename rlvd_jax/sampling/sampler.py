@@ -173,15 +173,19 @@ class Sampler:
                 f"but only {free / 2**30:.1f} GiB of device memory are free; lower max_tokens"
             )
         if self.layout == "plain":
-            held = wanted if free == np.inf else int(free // (length * position + work))
-            return Plan(min(wanted, held if held < 16 else held // 16 * 16), length, 0)
-        # A slot is worth having where there is room for a short response; the pool does the rest.
-        if free < np.inf:
-            held = int((free - 2 * length * position) // (min(length, 256) * position + work))
-            wanted = min(wanted, max(1, held if held < 16 else held // 16 * 16))
+            each = length * position + work
+        else:
+            # A slot is worth having where there is room for a short response; the pool does the rest.
+            each = min(length, 256) * position + work
+            free -= 2 * length * position
+        if free < wanted * each:
+            held = max(1, int(free // each))
+            wanted = held if held < 16 else held // 16 * 16
+        if self.layout == "plain":
+            return Plan(wanted, length, 0)
         pages = -(-length // size) * wanted + -(-bucket(longest_prompt) // size) * PREFILL
         if free < np.inf:
-            pages = min(pages, int((free - wanted * work) // (size * position)))
+            pages = min(pages, int((free + 2 * length * position - wanted * work) // (size * position)))
         return Plan(wanted, length, pages)
 
     def sample(self, requests: Sequence[Request], seed: int) -> Iterator[Completion]:

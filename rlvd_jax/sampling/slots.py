@@ -59,7 +59,7 @@ class Slots(NamedTuple):
 def decode_weights(p: Program):
     """The jitted function from a model's state to the decoder's weights on the mesh."""
     shardings = jax.tree.map(
-        lambda spec: NamedSharding(p.mesh, spec), decoder.specs(p.config), is_leaf=lambda x: isinstance(x, P)
+        lambda spec: NamedSharding(p.mesh, spec), decoder.specs(p.config, p.tensor), is_leaf=lambda x: isinstance(x, P)
     )
     laid_out = partial(decoder.decode_weights, c=p.config, dtype=p.dtype, tensor=p.tensor)
     return jax.jit(laid_out, out_shardings=shardings)
@@ -90,7 +90,7 @@ def _mapped(p: Program, run, in_specs, out_specs):
 def prefill(p: Program, weights, tokens, lengths):
     """Keys and values of prompts; tokens: [prompts, time], lengths: [prompts], split over `data`."""
     run = partial(decoder.prefill, p.config, p.tensor)
-    specs = decoder.specs(p.config), P("data"), P("data")
+    specs = decoder.specs(p.config, p.tensor), P("data"), P("data")
     return _mapped(p, run, specs, P("data", None, decoder.AXIS))(weights, tokens, lengths)
 
 
@@ -186,7 +186,7 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
             place = kv.Place(s.position, live, table, span)
             layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
             with jax.named_scope("draw"):
-                scores = decoder.logits(weights, hidden, p.tensor)
+                scores = decoder.logits(p.config, p.tensor, weights, hidden)
                 key = _fold(s.key, s.produced)
                 token, logprob = draw(scores, key, p.temperature, p.top_k, p.top_p, platform)
             # A slot that is done keeps drawing, since all slots step together; nobody reads what it draws.
@@ -207,7 +207,7 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
         return jax.lax.while_loop(going, body, (jnp.int32(0), layers, slots, *log))[1:]
 
     by_slot, log = P("data"), P(None, "data")
-    in_specs = decoder.specs(p.config), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
+    in_specs = decoder.specs(p.config, p.tensor), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
     return _mapped(p, run, in_specs, (p.cache_spec, by_slot, log, log))(
         weights, layers, slots, table, ends, wake, steps
     )

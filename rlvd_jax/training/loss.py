@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-LOGITS_AT_ONCE = 2**27  # elements of the one block of logits that exists at a time on a device: 512 MiB in float32
+LOGITS_AT_ONCE = 2**28  # elements of the one block of logits that exists at a time on a device: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -21,27 +22,51 @@ class Objective:
     kl: float = 0.0
 
 
-@jax.custom_vjp
-def _logits(hidden, table):
+def _scores(hidden, table, temperature: float):
     """hidden [..., D] times table [V, D], both in hidden's dtype, accumulated in float32 → [..., V] float32."""
-    return jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    z = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return z / temperature
 
 
-def _logits_forward(hidden, table):
-    return _logits(hidden, table), (hidden, table)
+def _is_target(z, target):
+    return jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == target[..., None]
 
 
-def _logits_backward(saved, g):
-    # Left to itself JAX would multiply the float32 cotangent with bfloat16 matrices, in float32 and slowly. The
-    # table's own gradient stays in float32: it is summed over the chunks.
-    hidden, table = saved
-    g = g.astype(hidden.dtype)
-    to_hidden = jnp.einsum("...v,vd->...d", g, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    to_table = jnp.einsum("...v,...d->vd", g, hidden, preferred_element_type=jnp.float32)
-    return to_hidden.astype(hidden.dtype), to_table.astype(table.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(hidden, table, target, temperature: float):
+    """(log-probability of `target`, entropy), both [...], from hidden [..., D] and table [V, D].
+
+    Its backward pass makes the logits again and turns them into their cotangent in one pass, with the normaliser
+    that the forward pass kept. Left to itself JAX would keep or redo several such passes, and would multiply
+    float32 cotangents with bfloat16 matrices, slowly. No gradient flows through the entropy.
+    """
+    return _logprobs_forward(hidden, table, target, temperature)[0]
 
 
-_logits.defvjp(_logits_forward, _logits_backward)
+def _logprobs_forward(hidden, table, target, temperature):
+    z = _scores(hidden, table, temperature)
+    most = z.max(axis=-1, keepdims=True)
+    p = jnp.exp(z - most)
+    total = p.sum(axis=-1)
+    norm = most[..., 0] + jnp.log(total)
+    # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
+    chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
+    entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
+    return (chosen - norm, entropy), (hidden, table, target, norm)
+
+
+def _logprobs_backward(temperature, kept, cotangents):
+    hidden, table, target, norm = kept
+    z = _scores(hidden, table, temperature)
+    to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (cotangents[0] / temperature)[..., None]
+    to_z = to_z.astype(hidden.dtype)
+    to_hidden = jnp.einsum("...v,vd->...d", to_z, table.astype(hidden.dtype))
+    # The table's gradient is summed over the chunks: in float32.
+    to_table = jnp.einsum("...v,...d->vd", to_z, hidden, preferred_element_type=jnp.float32)
+    return to_hidden, to_table.astype(table.dtype), None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: int = 1, logits: int = LOGITS_AT_ONCE):
@@ -57,16 +82,8 @@ def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: i
     chunks = min(positions, max(1, -(-rows * positions * table.shape[0] // (shards * logits))))
     size = -(-positions // chunks)
 
-    @jax.checkpoint
     def chunk(hidden, target):  # [rows, size, D], [rows, size]
-        z = _logits(hidden, table) / temperature
-        norm = jax.nn.logsumexp(z, axis=-1)
-        # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
-        at_target = jnp.arange(z.shape[-1]) == target[..., None]
-        logp = jnp.sum(jnp.where(at_target, z, 0), axis=-1) - norm
-        log_p = z - norm[..., None]
-        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-        return logp, jax.lax.stop_gradient(entropy)
+        return _logprobs(hidden, table, target, temperature)
 
     def split(x):  # [rows, positions, …] → [chunks, rows, size, …]
         x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))

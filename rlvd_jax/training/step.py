@@ -17,7 +17,8 @@ from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
-from rlvd_jax.training.loss import Objective, loss, token_logprobs
+from rlvd_jax.qwen2.model import kept_bytes
+from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -64,6 +65,7 @@ class Trainer:
     ):
         abstract = nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0), dtype, jnp.float32))
         self.graphdef, params = nnx.split(abstract, nnx.Param)
+        self.config, self.dtype = config, jnp.dtype(dtype)
         self.mesh, self.objective, self.temperature = mesh, objective, temperature
         self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
         self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -109,33 +111,57 @@ class Trainer:
         )
         return TrainState(of_params, of_optimizer, self.whole)
 
-    def _forward(self, params, micro):
+    def _in_dtype(self, params):
+        """Matrices in the dtype of the arithmetic, once for all that is done with them; the tables stay as they are,
+        since their gradients are sums of many parts."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(self.dtype) if x.ndim == 3 else x, params)
+
+    def _keep(self, micro) -> bool:
+        """Whether a device has room to keep matrix products for the backward pass (`model.keep_products`)."""
+        device = self.mesh.devices.flat[0]
+        if device.platform == "cpu":
+            return True
+        try:
+            limit = device.memory_stats()["bytes_limit"]
+        except (AttributeError, KeyError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
+            return False  # a program for devices that are not here
+        c, itemsize = self.config, self.dtype.itemsize
+        split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
+        # Weights, moments, gradient and its sum in float32; the weights and their gradient in the dtype.
+        state = c.parameters * (20 + 2 * itemsize) / split
+        tokens = micro["tokens"].size / self.batch_shards
+        each = kept_bytes(c, itemsize) / self.mesh.shape["tensor"] + c.hidden_size * itemsize
+        return state + tokens * c.num_hidden_layers * each + 4 * 4 * LOGITS_AT_ONCE < 0.9 * limit
+
+    def _forward(self, params, micro, keep=False):
         model = nnx.merge(self.graphdef, params)
-        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh)
+        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh, keep)
         return token_logprobs(
             hidden, model.unembedding(), micro["tokens"], temperature=self.temperature, shards=self.batch_shards
         )
 
     def _loss(self, params, micro):
-        logp, entropy = self._forward(params, micro)
+        logp, entropy = self._forward(params, micro, self._keep(micro))
         value, sums = loss(logp, micro, self.objective)
         return value, sums | {"entropy": jnp.sum(jnp.where(micro["weight"] > 0, entropy, 0))}
 
     def _update(self, state: TrainState, batch):
         used, batch = batch["used"], {name: x for name, x in batch.items() if name != "used"}
         gradient = jax.grad(self._loss, has_aux=True)
+        cast = self._in_dtype(state.params)
 
         def accumulate(i, total):
-            new = gradient(state.params, jax.tree.map(lambda x: x[i], batch))
+            new = gradient(cast, jax.tree.map(lambda x: x[i], batch))
             grads, sums = jax.tree.map(jnp.add, total, new)
             most = {k: jnp.maximum(total[1][k], new[1][k]) for k in sums if k.endswith("_max")}
             return jax.lax.with_sharding_constraint(grads, self.shardings.params), sums | most
 
         if batch["tokens"].shape[0] == 1:  # no accumulator to hold
-            grads, sums = gradient(state.params, jax.tree.map(lambda x: x[0], batch))
+            grads, sums = gradient(cast, jax.tree.map(lambda x: x[0], batch))
+            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         else:
-            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], batch))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            shapes = jax.eval_shape(gradient, cast, jax.tree.map(lambda x: x[0], batch))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
             grads, sums = jax.lax.fori_loop(0, used, accumulate, zeros)
         with jax.named_scope("optimizer"):
             changes, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
