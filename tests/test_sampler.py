@@ -450,14 +450,14 @@ def test_a_pool_that_runs_dry(model, requests, whole):
         for g in self.groups:  # every page is free, a prompt's, or in one slot only
             own = [p for s, n in enumerate(g.held) for p in g.table[s, :n] if g.live[s]]
             shared = [p for x in g.shared.values() for p in x.pages]
-            assert sorted([*g.free, *shared, *set(own).difference(shared)]) == list(range(40))
+            assert sorted([*g.pool.free, *shared, *set(own).difference(shared)]) == list(range(40))
         refill(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler_module._Run, "_refill", watch)
         assert_same(run(sampler, requests), whole)
     assert sampler.counts["given_up"] > 5
-    assert len(groups[0].free) == 40
+    assert groups[0].pool.left == 40
 
 
 ON_FOUR = """

@@ -62,13 +62,13 @@ def profile(sampler: Sampler, wanted: list[Request], share: float) -> dict:
     plan = sampler.plan(max(len(r.prompt) for r in wanted), sum(len(r.samples) for r in wanted))
     left = share * sum(sum(r.limits) for r in wanted)
     tracing = False
-    rounds = sampler_module._Run(sampler, wanted, 2, plan)
-    for _ in rounds.completions():  # the devices are idle here
-        drawn = sum(int(g.produced.sum()) for g in rounds.groups)
+    run = sampler_module._Run(sampler, wanted, 2, plan)
+    for _ in run.rounds():  # the devices are idle here
+        drawn = sum(int(g.produced.sum()) for g in run.groups)
         if tracing:
             jax.profiler.stop_trace()
             break
-        if drawn > left or rounds.counts["rounds"] > 24:
+        if drawn > left or run.counts["rounds"] > 24:
             jax.profiler.start_trace(folder)
             tracing = True
     spent, count = collections.Counter(), collections.Counter()

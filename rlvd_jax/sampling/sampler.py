@@ -16,6 +16,7 @@ later, to the same result; the oldest always has room to end.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -34,6 +35,7 @@ from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.books import Group, Plan
 from rlvd_jax.sampling.slots import LOG
 
 PREFILL = 8  # prompts that a device prefills at once
@@ -79,19 +81,8 @@ def sizes(slots: int, paged: bool) -> list[int]:
     and where rows of the cache have to move, a copy."""
     if not paged:
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
-    fewer = {64 * 2**i for i in range(12)} | {96 * 2**i for i in range(3, 12)}
+    fewer = {16 * 2**i for i in range(14)} | {96 * 2**i for i in range(3, 12)}
     return [slots, *sorted((n for n in fewer if 4 * n <= 3 * slots), reverse=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a device group holds at a time."""
-
-    slots: int
-    length: int
-    """Positions that the longest response takes, its prompt included."""
-    pages: int
-    """In the pool; 0: each slot has its own room (`cache.py`)."""
 
 
 class Sampler:
@@ -205,18 +196,19 @@ class Sampler:
                     f"{self.config.max_position_embeddings - 1}"
                 )
         run = _Run(self, requests, seed, self.plan(max(len(r.prompt) for r in requests), total))
-        yield from _in_thread(run.completions())
+        with contextlib.closing(_in_thread(run.rounds())) as rounds:
+            yield from run.completions(rounds)
 
 
-def _in_thread(batches: Iterator[list]) -> Iterator:
-    """The items of the lists that `batches` yields, made by a thread that stays at most a few lists ahead."""
+def _in_thread(items: Iterator) -> Iterator:
+    """The same items, made by a thread that stays at most a few ahead."""
     ready: queue.Queue = queue.Queue(maxsize=8)
     left = threading.Event()
 
     def work():
         try:
-            for batch in batches:
-                ready.put((batch, None))
+            for item in items:
+                ready.put((item, None))
                 if left.is_set():
                     return
             ready.put((None, None))
@@ -227,57 +219,28 @@ def _in_thread(batches: Iterator[list]) -> Iterator:
     thread.start()
     try:
         while True:
-            batch, error = ready.get()
+            item, error = ready.get()
             if error is not None:
                 raise error
-            if batch is None:
+            if item is None:
                 return
-            yield from batch
+            yield item
     finally:
         left.set()
         while thread.is_alive():  # it may wait for room
-            try:
+            with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
         thread.join()
 
 
 @dataclasses.dataclass
-class _Shared:
-    """The whole pages of a prompt, which all its samples on a device read."""
+class _Round:
+    """What a device group drew between two visits of the host."""
 
-    pages: list[int]
-    running: int = 0  # samples in flight
-
-
-class _Group:
-    """The host's books of one device group: who is in which slot, with which pages, and who waits."""
-
-    def __init__(self, plan: Plan, pages_of_slot: int):
-        n = plan.slots
-        self.occupant = np.full((n, 2), -1, np.int64)  # request, index of the sample
-        self.cached = np.zeros(n, np.int64)  # tokens of the prompt that were prefilled
-        self.limit = np.zeros(n, np.int64)
-        self.produced = np.zeros(n, np.int64)
-        self.held = np.zeros(n, np.int64)  # pages in the slot's row of the table
-        self.table = np.zeros((n, pages_of_slot), np.int32)
-        self.pages = plan.pages
-        self.free = list(range(plan.pages))[::-1]
-        self.reserve = plan.pages // 16  # pages that new responses leave to those in flight
-        self.waiting: collections.deque[tuple[int, Sequence[int]]] = collections.deque()  # request, samples
-        self.row_of: dict[int, int] = {}  # of a request's prompt among those prefilled last
-        self.shared: dict[int, _Shared] = {}
-
-    @property
-    def live(self) -> np.ndarray:
-        return self.occupant[:, 0] >= 0
-
-    def keep(self, rows: np.ndarray, n: int) -> None:
-        """Only these slots, and as many unused ones as make n."""
-        rows = np.concatenate([rows, np.flatnonzero(~self.live)[: n - len(rows)]])
-        for name in ("occupant", "cached", "limit", "produced", "held", "table"):
-            setattr(self, name, getattr(self, name)[rows])
+    occupant: np.ndarray  # [slots, 2], of the responses in flight, else -1
+    count: np.ndarray  # [slots], tokens of each
+    done: np.ndarray  # [slots]
+    given_up: list[tuple[int, int]]  # what was drawn of these before is void
 
 
 class _Run:
@@ -287,13 +250,13 @@ class _Run:
         self.s, self.p, self.requests, self.slots = sampler, sampler.program, requests, plan.slots
         self.paged = sampler.layout != "plain"
         self.size = kv.page_size(sampler.layout) if self.paged else plan.length
-        width = -(-plan.length // self.size)
+        width = -(-plan.length // self.size)  # pages of the longest response
         if sampler.layout == "tpu":
             width = -(-width // kv.TPU_PAGES) * kv.TPU_PAGES
         self.length = plan.length
         self.sizes = sizes(plan.slots, self.paged)
         count = sampler.mesh.shape["data"]
-        self.groups = [_Group(plan, width) for _ in range(count)]
+        self.groups = [Group(plan, self.size, width) for _ in range(count)]
         self.by_slot, self.whole = NamedSharding(sampler.mesh, P("data")), NamedSharding(sampler.mesh, P())
         self.seed = jax.device_put(np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32), self.whole)
         self.ends = jax.device_put(sampler.end_tokens, self.whole)
@@ -301,9 +264,6 @@ class _Run:
         self.prompts = None  # keys and values of those prefilled last
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
-        most = sampler.settings.max_tokens
-        self.tokens = np.zeros((count, plan.slots, most), np.int32)
-        self.logprobs = np.zeros((count, plan.slots, most), np.float32)
 
     def _pieces(self):
         """(request, some of its samples) small enough to spread over the device groups."""
@@ -317,13 +277,39 @@ class _Run:
         """Arrays of each group, end to end, on their devices."""
         return jax.device_put(np.concatenate(per_group), self.by_slot)
 
-    def completions(self) -> Iterator[list[Completion]]:
+    def rounds(self) -> Iterator[tuple[list[_Round], tuple[jax.Array, jax.Array]]]:
+        """Drive the devices; yield what each group drew, and tokens and log-probabilities [LOG, groups * slots], still
+        on the devices."""
         while True:
             self._refill()
             if not any(g.live.any() for g in self.groups):
                 return
             self._shrink()
-            yield self._collect(*self._decode())
+            yield self._decode()
+
+    def completions(self, rounds) -> Iterator[Completion]:
+        """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`."""
+        drawn: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for groups, log in rounds:
+            tokens, logprobs = (np.asarray(x).T.reshape(len(groups), -1, LOG) for x in log)
+            for g, group_tokens, group_logprobs in zip(groups, tokens, logprobs, strict=True):
+                for who in g.given_up:
+                    drawn.pop(who, None)
+                for slot in np.flatnonzero(g.occupant[:, 0] >= 0):
+                    request, index = who = tuple(g.occupant[slot].tolist())
+                    n = int(g.count[slot])
+                    part = group_tokens[slot, :n].copy(), group_logprobs[slot, :n].copy()
+                    drawn.setdefault(who, []).append(part)
+                    if not g.done[slot]:
+                        continue
+                    ids, logp = (np.concatenate(x) for x in zip(*drawn.pop(who), strict=True))
+                    yield Completion(
+                        request=request,
+                        sample=self.requests[request].samples[index],
+                        tokens=ids,
+                        logprobs=logp,
+                        stop="end" if ids[-1] in self.s.end_tokens else "length",
+                    )
 
     # ---- start responses -----------------------------------------------------------------------
 
@@ -335,87 +321,42 @@ class _Run:
             if not self._prefill_next():
                 return
 
-    def _admit(self, g: _Group) -> tuple[list, list]:
+    def _admit(self, g: Group) -> tuple[list, list]:
         """(rows for `slots.start`, copies of prompts) of responses that start: as many as slots and pages allow of
         those whose prompt is prefilled."""
         rows, copies = [], []
         free = collections.deque(np.flatnonzero(~g.live).tolist())
-        running = len(g.occupant) - len(free)
+        in_flight = len(g.occupant) - len(free)
         while free and g.waiting and g.waiting[0][0] in g.row_of:
             request, samples = g.waiting[0]
             r, row = self.requests[request], g.row_of[request]
             cached = len(r.prompt) - 1
-            context = self.s.config.max_position_embeddings
-            if self.paged and not self._share(g, request, row, cached, running + len(rows), copies):
-                break
-            taken = 0
+            first = row * self.prompt_time // self.size  # of the prompt's pages among those prefilled
+            most = min(self.s.settings.max_tokens, self.s.config.max_position_embeddings - len(r.prompt))
+            if self.paged:
+                pages = g.share(request, cached, alone=not in_flight + len(rows))
+                if pages is None:
+                    break
+                copies += [(first + i, page) for i, page in enumerate(pages)]
+            begun = 0
             for index in samples:
-                if not free or (self.paged and not self._room(g, cached, running + len(rows))):
+                if not free or (self.paged and in_flight + len(rows) and not g.has_room(cached, LOG)):
                     break
                 slot = free.popleft()
-                limit = r.limits[index] if r.limits else self.s.settings.max_tokens
-                limit = min(limit, self.s.settings.max_tokens, context - len(r.prompt))
-                g.occupant[slot], g.cached[slot] = (request, index), cached
-                g.limit[slot], g.produced[slot] = limit, 0
-                if self.paged:
-                    self._own(g, slot, request, row, cached, copies)
-                else:
+                limit = min(r.limits[index], most) if r.limits else most
+                page = g.begin(slot, request, index, cached, limit)
+                if page is not None:
+                    copies.append((first + cached // self.size, page))
+                if not self.paged:
                     copies.append((row, slot))
-                question = np.uint32(r.question).astype(np.int32)
-                sample = np.uint32(r.samples[index]).astype(np.int32)
-                rows.append((slot, r.prompt[-1], cached, limit, question, sample))
-                taken += 1
+                keys = (np.uint32(x).astype(np.int32) for x in (r.question, r.samples[index]))
+                rows.append((slot, r.prompt[-1], cached, limit, *keys))
+                begun += 1
             g.waiting.popleft()
-            if taken < len(samples):
-                g.waiting.appendleft((request, samples[taken:]))
+            if begun < len(samples):
+                g.waiting.appendleft((request, samples[begun:]))
                 break
         return rows, copies
-
-    def _pages_of_row(self) -> int:
-        """Pages that a prompt takes among those prefilled last."""
-        return self.prompt_time // self.size
-
-    def _share(self, g: _Group, request: int, row: int, cached: int, running: int, copies: list) -> bool:
-        """See that the prompt's whole pages are in the pool; False if it has no room."""
-        if request in g.shared:
-            return True
-        count = cached // self.size
-        if len(g.free) - count < (g.reserve if running else 0):
-            return False
-        pages = [g.free.pop() for _ in range(count)]
-        g.shared[request] = _Shared(pages)
-        copies += [(row * self._pages_of_row() + i, page) for i, page in enumerate(pages)]
-        return True
-
-    def _room(self, g: _Group, cached: int, running: int) -> bool:
-        """Whether one more response may start; the only one always may."""
-        need = -(-(cached + LOG) // self.size) - cached // self.size
-        return not running or len(g.free) - need >= g.reserve
-
-    def _own(self, g: _Group, slot: int, request: int, row: int, cached: int, copies: list) -> None:
-        """The slot's pages: the prompt's whole ones, and a copy of the one that the response goes on in."""
-        shared = g.shared[request]
-        shared.running += 1
-        count = len(shared.pages)
-        g.table[slot, :count] = shared.pages
-        g.held[slot] = count
-        if cached % self.size:
-            g.table[slot, count] = page = g.free.pop()
-            g.held[slot] += 1
-            copies.append((row * self._pages_of_row() + count, page))
-
-    def _release(self, g: _Group, slot: int) -> None:
-        """The slot is free, and its pages are."""
-        request = int(g.occupant[slot, 0])
-        g.occupant[slot] = -1
-        if not self.paged:
-            return
-        shared = g.shared[request]
-        g.free += g.table[slot, len(shared.pages) : g.held[slot]].tolist()
-        g.held[slot] = 0
-        shared.running -= 1
-        if not shared.running and all(r != request for r, _ in g.waiting):
-            g.free += g.shared.pop(request).pages
 
     def _prefill_next(self) -> bool:
         """Prefill the prompts of the next samples for groups with free slots; False if there are none."""
@@ -463,31 +404,6 @@ class _Run:
             rows = padded(rows, np.array([nowhere, 0, 0, 0, 0, 0]))
             self.state = device.start(self.p, self.state, rows, self.seed)
 
-    # ---- pages for what comes ---------------------------------------------------------------------
-
-    def _grow(self, g: _Group, steps: int) -> tuple[int, list[int]]:
-        """Give every response in flight pages for `steps` more tokens, or for fewer; → steps, the slots given up."""
-        given_up = []
-        while True:
-            live = np.flatnonzero(g.live)
-            ends = g.cached[live] + np.minimum(g.produced[live] + steps, g.limit[live])
-            need = -(-ends // self.size) - g.held[live]
-            if need.clip(0).sum() <= len(g.free):
-                break
-            if steps > self.size:
-                steps //= 2
-                continue
-            youngest = live[np.argmin(g.produced[live])]
-            request, index = (int(x) for x in g.occupant[youngest])
-            g.waiting.append((request, range(index, index + 1)))
-            self._release(g, youngest)
-            given_up.append(int(youngest))
-            g.reserve = min(2 * g.reserve + 1, g.pages // 2)
-        for slot, count in zip(live[need > 0], need[need > 0], strict=True):
-            g.table[slot, g.held[slot] : g.held[slot] + count] = [g.free.pop() for _ in range(count)]
-            g.held[slot] += count
-        return steps, given_up
-
     # ---- the last responses ----------------------------------------------------------------------
 
     def _shrink(self) -> None:
@@ -502,11 +418,9 @@ class _Run:
             return
         rows = np.zeros((len(self.groups), fewer), np.int32)
         idle = np.ones((len(self.groups), fewer), bool)
-        tokens, logprobs = (np.zeros((len(rows), fewer, x.shape[2]), x.dtype) for x in (self.tokens, self.logprobs))
         for d, g in enumerate(self.groups):
             kept = np.flatnonzero(g.live)
             rows[d, : len(kept)], idle[d, : len(kept)] = kept, False
-            tokens[d, : len(kept)], logprobs[d, : len(kept)] = self.tokens[d, kept], self.logprobs[d, kept]
             g.keep(kept, fewer)
         rows = self._put(rows)
         if not self.paged:
@@ -514,84 +428,57 @@ class _Run:
                 self.layers[i] = device.take_layer(self.p, layer, rows)
                 del layer
         self.state = device.take(self.p, self.state, rows, self._put(idle))
-        self.tokens, self.logprobs, self.slots = tokens, logprobs, fewer
+        self.slots = fewer
 
     # ---- decode and collect --------------------------------------------------------------------
 
-    def _decode(self) -> tuple[np.ndarray, ...]:
-        """Run the devices; → done and produced [groups, slots], tokens and log-probabilities [LOG, groups, slots]."""
-        steps, span = LOG, self.length
+    def _decode(self) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
+        """Run the devices until some responses have ended, whose slots are free then."""
+        steps, span, void = LOG, self.length, [[] for _ in self.groups]
         if self.paged:
-            grown = [self._grow(g, LOG) for g in self.groups]
+            before = [g.occupant.tolist() for g in self.groups]
+            grown = [g.grow(LOG) for g in self.groups]
             steps = min(n for n, _ in grown)
-            self.counts["given_up"] += sum(len(given_up) for _, given_up in grown)
             if any(given_up for _, given_up in grown):
                 which = np.zeros((len(self.groups), self.slots), bool)
-                for row, (_, given_up) in zip(which, grown, strict=True):
-                    row[given_up] = True
+                for d, (_, given_up) in enumerate(grown):
+                    which[d, given_up] = True
+                    void[d] = [tuple(before[d][slot]) for slot in given_up]
                 self.state = device.stop(self.p, self.state, self._put(which))
         else:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
             span = min(self.length, bucket(furthest + 32, 64))
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
-        table = (
-            [g.table for g in self.groups] if self.paged else [np.zeros((self.slots, 1), np.int32)] * len(self.groups)
-        )
-        wake = np.array([self._wake(g) for g in self.groups], np.int32)
-        self.layers, self.state, tokens, logprobs = device.decode(
+        self.layers, self.state, *log = device.decode(
             self.p,
             span,
             self.s.weights,
             self.layers,
             self.state,
-            self._put(table),
+            self._put([g.table for g in self.groups]),
             self.ends,
-            jax.device_put(wake, self.by_slot),
+            jax.device_put(np.array([self._wake(g) for g in self.groups], np.int32), self.by_slot),
             jax.device_put(np.int32(steps), self.whole),
         )
-        done, produced, tokens, logprobs = jax.device_get((self.state.done, self.state.produced, tokens, logprobs))
         by_group = len(self.groups), self.slots
-        return (
-            done.reshape(by_group),
-            produced.reshape(by_group),
-            tokens.reshape(LOG, *by_group),
-            logprobs.reshape(LOG, *by_group),
-        )
+        done, produced = (x.reshape(by_group) for x in jax.device_get((self.state.done, self.state.produced)))
+        rounds = []
+        for g, g_done, g_produced, g_void in zip(self.groups, done, produced, void, strict=True):
+            live = g.live
+            new = np.where(live, g_produced - g.produced, 0)
+            rounds.append(_Round(g.occupant.copy(), new, g_done, g_void))
+            g.produced = np.where(live, g_produced, g.produced)
+            for slot in np.flatnonzero(live & g_done):
+                g.end(slot)
+        self.counts["steps"] += int(max(r.count.max() for r in rounds))
+        self.counts["rounds"] += 1
+        self.counts["given_up"] += sum(map(len, void))
+        return rounds, tuple(log)
 
-    def _wake(self, g: _Group) -> int:
+    def _wake(self, g: Group) -> int:
         """Done slots at which the device comes back: few where others wait, half where slots can become fewer."""
         free = int((~g.live).sum())
         if self.queue or g.waiting:
             return min(self.slots, free + max(1, self.slots // 32))
         next_size = next((n for n in self.sizes if n < self.slots), 0)
         return min(self.slots, max(self.slots - next_size, free + 1 + self.slots // 32))
-
-    def _collect(self, done, produced, tokens, logprobs) -> list[Completion]:
-        """Write down what was drawn; → the responses that ended, whose slots are free now."""
-        out, steps = [], 0
-        for d, g in enumerate(self.groups):
-            live = g.live
-            new = np.where(live, produced[d] - g.produced, 0)
-            steps = max(steps, int(new.max()))
-            step, slot = np.nonzero(np.arange(LOG)[:, None] < new)
-            at = g.produced[slot] + step
-            self.tokens[d, slot, at] = tokens[step, d, slot]
-            self.logprobs[d, slot, at] = logprobs[step, d, slot]
-            g.produced = np.where(live, produced[d], g.produced)
-            for slot in np.flatnonzero(live & done[d]):
-                request, index = (int(x) for x in g.occupant[slot])
-                n = int(g.produced[slot])
-                ids = self.tokens[d, slot, :n].copy()
-                out.append(
-                    Completion(
-                        request=request,
-                        sample=self.requests[request].samples[index],
-                        tokens=ids,
-                        logprobs=self.logprobs[d, slot, :n].copy(),
-                        stop="end" if ids[-1] in self.s.end_tokens else "length",
-                    )
-                )
-                self._release(g, slot)
-        self.counts["steps"] += steps
-        self.counts["rounds"] += 1
-        return out
