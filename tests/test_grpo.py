@@ -1,7 +1,10 @@
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -144,6 +147,22 @@ def test_a_batch_of_equal_groups_changes_nothing(tmp_path):
     ]
 
 
+def test_a_profile_names_the_parts_of_a_step(tmp_path, samplers, capsys):
+    config = tiny.grpo_config(steps=4, evaluate_every=None)
+    tiny.run_grpo(tmp_path, config=config, samplers=samplers, evaluate=False, profile=range(2, 4))
+    said = capsys.readouterr().out.strip()
+    assert said == f"profile of steps 2 to 3: {tmp_path}/events/plugins/profile"
+    (folder,) = (tmp_path / "events/plugins/profile").iterdir()  # where TensorBoard looks for it
+    (programs,), (calls,) = folder.glob("*.xplane.pb"), folder.glob("*.trace.json.gz")
+    for scope in (b"attention", b"mlp", b"logprobs", b"optimizer"):
+        assert re.search(rb"[/(]" + scope + rb"[/)]", programs.read_bytes()), scope
+    events = Counter(event.get("name") for event in json.loads(gzip.decompress(calls.read_bytes()))["traceEvents"])
+    assert {name: events[name] for name in ("load", "sample", "grade")} == {"load": 2, "sample": 2, "grade": 2}
+    assert "train" in events and not any(name and name.startswith("$") for name in events), (
+        "no calls of Python functions"
+    )
+
+
 def test_what_happened(whole):
     _, done, _ = whole
     assert json.loads(json.dumps(done)) == done
@@ -162,7 +181,7 @@ def test_tensorboard_shows_every_part(whole):
     steps = list(range(1, 6))
     train = ("loss", "grad_norm", "entropy", "learning_rate", "delta_logp", "delta_logp_max", "clipped", "tokens")
     rollout = ("reward", "all_right", "all_wrong", "length", "truncated", "questions")
-    seconds = ("sample", "grade", "train", "tokens_per_second", "sampled_per_second")
+    seconds = ("load", "sample", "grade", "train", "tokens_per_second", "sampled_per_second")
     groups = {"train": train, "rollout": rollout, "time": seconds}
     for tag in (f"{group}/{name}" for group, names in groups.items() for name in names):
         assert [step for step, _ in values[tag]] == steps, tag
