@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -5,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +89,47 @@ def test_groups_are_graded_as_they_end_and_in_order():
     assert rollouts.grader.submissions == 3 and {"sample", "grade"} <= set(rollouts.seconds)
     for g in drawn:
         assert g.texts == [tiny.decode(c.tokens) for c in g.completions]
+
+
+def test_a_group_is_graded_while_others_are_sampled():
+    grader, submitted = tiny.Grader(), []
+
+    class Watched(Script):
+        def sample(self, requests, seed):
+            for completion in super().sample(requests, seed):
+                submitted.append(grader.submissions)
+                yield completion
+
+    rollouts = grpo.Rollouts(grader, tiny.decode, Interruption())
+    rollouts.draw(Watched([2, 0, 4]), tiny.questions(), [(q, range(4)) for q in range(3)], 0)
+    assert submitted == [0] * 4 + [1] * 4 + [2] * 4 and grader.submissions == 3
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_step_of_several_processes_is_that_of_one(monkeypatch, count):
+    """Groups of 4 responses; of 6 processes some have none of a group."""
+    alone = practise([2, 0, 4])[0]
+
+    class Given:  # the same responses, whoever asks
+        def sample(self, requests, seed):
+            for i, r in enumerate(requests):
+                assert r.samples
+                group = next(g for g in alone if tiny.questions().prompts[g.question] == r.prompt)
+                yield from (dataclasses.replace(group.completions[k], request=i) for k in reversed(r.samples))
+
+    def drawn(index):
+        monkeypatch.setattr(grpo.hosts, "index", lambda: index)
+        rollouts = grpo.Rollouts(tiny.Grader(), tiny.decode, SimpleNamespace(check=lambda: None, agree=lambda: None))
+        return rollouts.draw(Given(), tiny.questions(), wanted, 0), rollouts
+
+    wanted = [(g.question, range(4)) for g in alone]
+    monkeypatch.setattr(grpo.hosts, "count", lambda: count)
+    parts = [drawn(index) for index in range(count)]
+    monkeypatch.setattr(grpo.hosts, "gather", lambda own: [groups for groups, _ in parts])
+    whole = parts[0][1].exchange(parts[0][0])
+    for group, other in zip(whole, alone, strict=True):
+        assert [c.sample for c in group.completions] == [0, 1, 2, 3] and group.texts == other.texts
+        assert group.question == other.question and group.correct.tolist() == other.correct.tolist()
 
 
 def test_a_question_that_comes_twice_in_a_step_gets_new_samples():
