@@ -48,7 +48,7 @@ def test_shares_are_equal_and_together_are_all(monkeypatch, count):
 
 
 def test_one_process_is_left_alone(monkeypatch, tmp_path):
-    params, value = tiny.params(), object()
+    params, value = {"w": np.ones(2, np.float32)}, object()
     assert hosts.gather(value) == [value] and hosts.from_first(lambda: value) is value and hosts.largest(3) == 3
     assert hosts.on_local_devices(params, jnp.bfloat16) is params
     with hosts.session(tmp_path / "not there", "identity"):
@@ -73,7 +73,10 @@ def test_half_a_job(monkeypatch, said):
 # ---- two processes of four devices -------------------------------------------------------------------------------
 
 
-SFT = tiny.sft_config(epochs=1, checkpoint_every=1)
+def distil(directory: Path) -> None:
+    """Four steps of SFT."""
+    config = tiny.sft_config(epochs=1, checkpoint_every=100)
+    tiny.run_sft(directory, config=config, examples=tiny.examples(16))
 
 
 def trainer_on(**axes) -> Trainer:
@@ -147,7 +150,7 @@ def one_of_two(directory: Path) -> None:
     saved = weights.load(directory / "model", mesh=make_mesh(devices=jax.local_devices()))
     assert tiny.same(local, nnx.state(saved, nnx.Param))
 
-    tiny.run_sft(directory / "sft", config=SFT)
+    distil(directory / "sft")
     losses = list(three_updates(*MESHES[8][1], devices=8))
     if hosts.first():
         (directory / "losses.json").write_text(json.dumps(losses))
@@ -166,13 +169,13 @@ def test_two_processes(tmp_path):
         assert tiny.same(checkpoints.restore(trainer.abstract_state)[0], state)
     assert tiny.same(nnx.state(weights.load(tmp_path / "model"), nnx.Param), state.params)
     with tiny.quick_compilation():
-        tiny.run_sft(tmp_path / "sft alone", config=SFT)
+        distil(tmp_path / "sft alone")
         one_device = list(three_updates({}, MESHES[8][1][1]))
     np.testing.assert_allclose(json.loads((tmp_path / "losses.json").read_text()), one_device, rtol=2e-4)
     learnt = [scalars(tmp_path / name)[0] for name in ("sft", "sft alone")]
     for tag in ("train/loss", "train/grad_norm", "train/learning_rate"):
-        np.testing.assert_allclose(learnt[0][tag], learnt[1][tag], rtol=2e-3)
-        assert len(learnt[0][tag]) == 5, "one point a step, from one process"
+        np.testing.assert_allclose(learnt[0][tag], learnt[1][tag], rtol=1e-3)
+        assert len(learnt[0][tag]) == 1, "the mean of the steps, from one of the processes"
 
 
 # ---- a study -----------------------------------------------------------------------------------------------------
