@@ -37,7 +37,7 @@ def start(device: str) -> None:
     """Make this process part of a job of several, where it is; before anything else of JAX.
 
     On a TPU slice the hosts find each other. Elsewhere the environment says it: JAX_COORDINATOR_ADDRESS, host:port of
-    the first process, JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0. JAX_NUM_PROCESSES=1 makes it a process by itself.
+    the first process, JAX_NUM_PROCESSES and JAX_PROCESS_ID, from 0. With JAX_NUM_PROCESSES=1 there is no job.
     UserError if only a part of that is said.
     """
     import jax

@@ -131,13 +131,11 @@ class Work:
         there = study.responses(step.model, step.problems)
         missing = hosts.from_first(lambda: there.missing(problems, step.samples))
         loaded = self.load(step.model)
-        asked = [problems[id] for id in missing]
-        requests = [
-            Request(prompt, prompts.question_key(p.id), samples)
-            for p, prompt, samples in zip(
-                asked, self.prompts(loaded, asked), hosts.share(list(missing.values())), strict=True
-            )
-        ]
+        incomplete = [problems[id] for id in missing]
+        shares = zip(incomplete, self.prompts(loaded, incomplete), hosts.share(list(missing.values())), strict=True)
+        mine = [(p, prompt, samples) for p, prompt, samples in shares if samples]
+        asked = [p for p, _, _ in mine]
+        requests = [Request(prompt, prompts.question_key(p.id), samples) for p, prompt, samples in mine]
         sampler = self.sampler(loaded, self.config.model_sampling(step.model))
         sampler.load(nnx.state(loaded.model, nnx.Param))
         if hosts.count() > 1:
