@@ -10,6 +10,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_
 from tensorboard.plugins.text import metadata as text_plugin
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from rlvd_jax import hosts
 from rlvd_jax.errors import UserError
 
 
@@ -18,10 +19,13 @@ class Board:
 
     first_step: the first step that will be written. Whatever earlier runs wrote at this step or a later one
     is taken back, so a run that goes on from a checkpoint leaves one point for each step. What is written is on
-    disk at once: a killed process loses nothing.
+    disk at once: a killed process loses nothing. Of several processes the first one writes, the others do nothing.
     """
 
     def __init__(self, directory: str | Path, first_step: int = 0):
+        self._file = None
+        if not hosts.first():
+            return
         Path(directory).mkdir(parents=True, exist_ok=True)
         # Readers take files in order of their names, so a later file's name must sort after every earlier one's.
         earlier = [int(p.name.split(".")[3]) for p in Path(directory).glob("events.out.tfevents.*.rlvd")]
@@ -50,6 +54,8 @@ class Board:
         self._write(step=step, summary=summary_pb2.Summary(value=[value]))
 
     def _write(self, **fields) -> None:
+        if self._file is None:
+            return
         try:
             self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
             self._file.flush()
@@ -57,7 +63,8 @@ class Board:
             raise UserError(f"{self._file.name}: cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def __enter__(self) -> Board:
         return self

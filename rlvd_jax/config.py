@@ -289,6 +289,8 @@ class StudyConfig(Settings):
     """Where studies are kept."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Every random draw follows from it."""
+    profile: str | None = None
+    """first:last, the steps of each training to trace, both included, for TensorBoard's profile tab."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of a finished training; each holds the optimiser's state too."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
@@ -313,6 +315,14 @@ class StudyConfig(Settings):
     def some(cls, value):
         if not value:
             raise ValueError("needs at least one entry")
+        return value
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def two_steps(cls, value):
+        steps = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(value))
+        if value is not None and not (steps and int(steps[1]) <= int(steps[2])):
+            raise ValueError(f"{value!r:.60} is not first:last, two steps counted from 1, as in 10:12")
         return value
 
     @model_validator(mode="after")
@@ -365,6 +375,14 @@ class StudyConfig(Settings):
                     f"models.{name}.grpo.sampling.temperature: at 0 all responses of a group are alike; set it above"
                 )
         return self
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps that `profile` says."""
+        if self.profile is None:
+            return None
+        first, last = map(int, self.profile.split(":"))
+        return range(first, last + 1)
 
     def needs(self, name: str) -> list[str]:
         """The models whose weights or responses the recipe of model `name` uses, without repeats."""
@@ -464,7 +482,8 @@ def parse(data: dict, source: str) -> StudyConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, but a key that is given twice is an error, not its last value, and 1e-6 is a number."""
+    """YAML as PyYAML reads it, but a key that is given twice is an error, not its last value, 1e-6 is a number, and
+    10:12 a text, not a number of seconds."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -480,6 +499,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$")))
 
 
 def _read_yaml(text: str):

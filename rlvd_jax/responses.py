@@ -1,7 +1,8 @@
 """Sampled responses on disk: append-only Parquet shards, each written whole or not at all.
 
 A response set is a directory with `set.json`, the settings that identify it, and `shard-00000.parquet`, ... One
-process writes a set at a time; any may read it. A file under another name is a leftover of an interrupted write.
+process writes a set at a time, or several that have agreed on it (`share_writing`); any may read it. A file under
+another name is a leftover of an interrupted write.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class ResponseSet:
         self.directory = Path(directory)
         self.settings = json.loads(json.dumps(settings))  # As they come back from set.json: lists for tuples.
         self._writing = False
+        self._writer, self._writers = 0, 1
         self._have: dict[str, set[int]] = {}
         try:
             names = sorted(os.listdir(self.directory))
@@ -120,8 +122,9 @@ class ResponseSet:
             raise UserError(f"{self.directory}: {double} is there already, so none of the new responses was added")
         table = _table(responses)
         try:
-            self._start_writing()
+            self.start_writing()
             number = max((int(_SHARD.fullmatch(s.name)[1]) for s in self._shards), default=-1) + 1
+            number += (self._writer - number) % self._writers
             shard = self.directory / f"shard-{number:05d}.parquet"
             if shard.exists():
                 raise UserError(f"{self.directory}: another process writes to this set: let one of them finish")
@@ -136,8 +139,8 @@ class ResponseSet:
         for id, samples in new.items():
             self._have.setdefault(id, set()).update(samples)
 
-    def _start_writing(self) -> None:
-        """Make the directory and set.json, and clear away what an interrupted write left."""
+    def start_writing(self) -> None:
+        """Make the directory and set.json, and clear away what an interrupted write left; the first `add` does it."""
         if self._writing:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -148,6 +151,11 @@ class ResponseSet:
             _write_whole(self.directory / "set.json", lambda f: f.write(text.encode()))
             self._known = True
         self._writing = True
+
+    def share_writing(self, writer: int, writers: int) -> None:
+        """This process adds to the set as number `writer` of `writers`, after one of them has called `start_writing`:
+        each has shard numbers of its own. They add different responses; what the others add is not seen."""
+        self._writer, self._writers, self._writing = writer, writers, True
 
     def missing(self, problem_ids: Iterable[str], samples: int) -> dict[str, list[int]]:
         """Problem → the sample numbers below `samples` that are not there yet; complete problems are left out."""

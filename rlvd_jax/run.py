@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
@@ -39,8 +40,11 @@ def prepare_device(device: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
+    from rlvd_jax import hosts
+
     if device != "auto":
         jax.config.update("jax_platforms", "cuda" if device == "gpu" else device)
+    hosts.start(device)
     try:
         backend = jax.default_backend()
     except Exception as error:  # RuntimeError, or AssertionError where JAX has no plugin for it
@@ -163,32 +167,47 @@ def run(args: argparse.Namespace) -> int:
         if step.problems:
             study.problems(step.problems)
     prepare_device(config.device)
-    with only_one(study.root):
-        from rlvd_jax.grading import Grader
-        from rlvd_jax.plan import architecture
-        from rlvd_jax.publish import publish
-        from rlvd_jax.report import summary_table
-        from rlvd_jax.work import Work
+    from rlvd_jax import hosts
 
-        todo = [step for step in study.steps if not study.done(step)]
-        for step in todo:
-            architecture(study, step.model)  # ... and at every configuration of a checkpoint
-        write_config(study)
-        print(f"{config.study}: {len(study.steps)} steps, {len(study.steps) - len(todo)} done; results in {study.root}")
-        with Grader(config.grader.workers, config.grader.deadline) as grader:
-            work = Work(study, grader, progress=not args.quiet)
-            check_arithmetic(study, work.dtype.name)
-            for i, step in enumerate(todo):
-                print(f"[{i + 1}/{len(todo)}] {step.name}", flush=True)
-                began = time.monotonic()
-                work.run(step)
-                print(f"      {time.monotonic() - began:,.0f} s", flush=True)
-            results, page = publish(study, grader, lambda line: print(f"[report] {line}", flush=True))
-        print()
-        print(summary_table(results))
-        minutes, seconds = divmod(round(time.monotonic() - start), 60)
-        print(f"\npage: {page} ({minutes} min {seconds} s)")
+    with contextlib.ExitStack() as held:
+        hosts.from_first(lambda: held.enter_context(only_one(study.root)))
+        held.enter_context(hosts.session(study.root, study.digest()))
+        work_through(study, quiet=args.quiet, start=start)
     return 0
+
+
+def work_through(study, quiet: bool, start: float) -> None:
+    """Do all that is left to do of a study, and write and print its results. start: when the command began."""
+    from rlvd_jax import hosts
+    from rlvd_jax.grading import Grader
+    from rlvd_jax.plan import architecture
+    from rlvd_jax.publish import publish
+    from rlvd_jax.report import summary_table
+    from rlvd_jax.work import Work
+
+    config, first = study.config, hosts.first()
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    todo = hosts.from_first(lambda: [step for step in study.steps if not study.done(step)])
+    for step in todo:
+        architecture(study, step.model)  # ... and at every configuration of a checkpoint
+    hosts.from_first(lambda: write_config(study))
+    say(f"{config.study}: {len(study.steps)} steps, {len(study.steps) - len(todo)} done; results in {study.root}")
+    with Grader(config.grader.workers, config.grader.deadline) as grader:
+        work = Work(study, grader, progress=not quiet and first)
+        hosts.from_first(lambda: check_arithmetic(study, work.dtype.name))
+        for i, step in enumerate(todo):
+            say(f"[{i + 1}/{len(todo)}] {step.name}")
+            began = time.monotonic()
+            work.run(step)
+            say(f"      {time.monotonic() - began:,.0f} s")
+
+        def results():
+            results, page = publish(study, grader, lambda line: say(f"[report] {line}"))
+            say(f"\n{summary_table(results)}")
+            minutes, seconds = divmod(round(time.monotonic() - start), 60)
+            say(f"\npage: {page} ({minutes} min {seconds} s)")
+
+        hosts.from_first(results)
 
 
 if __name__ == "__main__":

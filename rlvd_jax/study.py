@@ -215,6 +215,11 @@ class Study:
             "dtype": self.config.dtype,
         }
 
+    def digest(self) -> str:
+        """Of all that the study's results depend on."""
+        steps = [self.set_settings(s.model, s.problems) if s.problems else self.identity(s.model) for s in self.steps]
+        return digest([self.config.written() | {"output": None}, steps])
+
     # ---- folders -----------------------------------------------------------------------------------
 
     def given(self, model: str) -> Path:

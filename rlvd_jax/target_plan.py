@@ -125,11 +125,11 @@ class TargetPlan:
         if not grpo:
             return {step.name: self.update(step.model, c, 0)}
         evaluated = len(self.study.problems(grpo.evaluate_on)) if grpo.evaluate_on and grpo.evaluate_every else 0
-        # Beside each other: the trained weights and their moments, the start model split like them, and the weights of
-        # the practice's and of the evaluation's sampler, which stay whole on each device between their draws.
-        whole, start = itemsize * c.parameters, itemsize * c.parameters / self.split * (grpo.kl > 0)
-        update = self.update(step.model, c, start + whole * (2 if evaluated else 1))
-        held = 12 * c.parameters / self.split + start + whole * (evaluated > 0)
+        # Beside each other: the trained weights and their moments, and the start model split like them; a sampler's
+        # weights are there for its draws only.
+        start = itemsize * c.parameters / self.split * (grpo.kl > 0)
+        update = self.update(step.model, c, start)
+        held = 12 * c.parameters / self.split + start
         most = max(grpo.questions * grpo.samples, evaluated * grpo.evaluate_samples)
         sampling = config.model_sampling(step.model, grpo.sampling)
         drawn = sampling_part(c, itemsize, sampling, -(-most // devices), held, self.target.memory)

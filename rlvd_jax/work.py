@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from rlvd_jax import prompts, tokenizer
+from rlvd_jax import hosts, prompts, tokenizer
 from rlvd_jax.errors import UserError
 from rlvd_jax.grading import Grader
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config, weights
@@ -56,11 +56,13 @@ class Loaded:
 
 
 class Work:
-    """Runs a study's steps on the devices there are."""
+    """Runs a study's steps on the devices there are; where these belong to several processes, in all of them."""
 
     def __init__(self, study: Study, grader: Grader, progress: bool = True):
         self.study, self.config, self.grader, self.progress = study, study.config, grader, progress
-        self.mesh = make_mesh(self.config.mesh)
+        self.mesh = self.local_mesh = make_mesh(self.config.mesh)
+        if hosts.count() > 1:  # each process samples by itself
+            self.local_mesh = make_mesh(devices=jax.local_devices())
         self.dtype = self._dtype(self.config.dtype)
         self.save_dtype = self.dtype if self.config.save_dtype == "auto" else self._dtype(self.config.save_dtype)
         self._loaded: Loaded | None = None
@@ -73,7 +75,7 @@ class Work:
 
     def run(self, step: Step) -> None:
         """Do one step; returns at once where it is done already."""
-        if self.study.done(step):
+        if hosts.from_first(lambda: self.study.done(step)):
             return
         if step.kind == "respond":
             self.respond(step)
@@ -87,8 +89,8 @@ class Work:
     def load(self, name: str, trains: str | None = None) -> Loaded:
         """Model `name` with its tokenizer, ready to sample; the one loaded last is kept.
 
-        trains: the model that is to be trained from it: then its weights are float32, and the template and context are
-        those of the model to be.
+        trains: the model that is to be trained from it: then its weights are float32 and lie on the mesh of all
+        devices, and the template and context are those of the model to be.
         """
         if not trains and self._loaded and self._loaded.name == name:
             return self._loaded
@@ -103,9 +105,8 @@ class Work:
                 bar.update(done - bar.n)
 
             param_dtype = jnp.float32 if trains else self.dtype
-            model = weights.load(
-                directory, param_dtype=param_dtype, dtype=self.dtype, mesh=self.mesh, progress=progress
-            )
+            mesh = self.mesh if trains else self.local_mesh
+            model = weights.load(directory, param_dtype=param_dtype, dtype=self.dtype, mesh=mesh, progress=progress)
         if context := self.config.context(trains or name):
             model.config = dataclasses.replace(model.config, max_position_embeddings=context)
         end_tokens = prompts.stop_token_ids(words, directory, template)
@@ -124,19 +125,22 @@ class Work:
     # ---- responses ---------------------------------------------------------------------------------
 
     def respond(self, step: Step) -> None:
-        """Sample and grade what is missing of a response set."""
+        """Sample and grade what is missing of a response set; each process its share."""
         study = self.study
         problems = {p.id: p for p in study.problems(step.problems)}
         there = study.responses(step.model, step.problems)
-        missing = there.missing(problems, step.samples)
+        missing = hosts.from_first(lambda: there.missing(problems, step.samples))
         loaded = self.load(step.model)
-        asked = [problems[id] for id in missing]
-        requests = [
-            Request(prompt, prompts.question_key(p.id), tuple(missing[p.id]))
-            for p, prompt in zip(asked, self.prompts(loaded, asked), strict=True)
-        ]
+        incomplete = [problems[id] for id in missing]
+        shares = zip(incomplete, self.prompts(loaded, incomplete), hosts.share(list(missing.values())), strict=True)
+        mine = [(p, prompt, samples) for p, prompt, samples in shares if samples]
+        asked = [p for p, _, _ in mine]
+        requests = [Request(prompt, prompts.question_key(p.id), samples) for p, prompt, samples in mine]
         sampler = self.sampler(loaded, self.config.model_sampling(step.model))
         sampler.load(nnx.state(loaded.model, nnx.Param))
+        if hosts.count() > 1:
+            hosts.from_first(there.start_writing)
+            there.share_writing(hosts.index(), hosts.count())
         writer = _Writer(there, self.grader, loaded, asked)
         total = sum(len(r.samples) for r in requests)
         bar = tqdm(total=total, desc=step.name, unit="resp", smoothing=0.05, disable=not self.progress)
@@ -147,21 +151,24 @@ class Work:
                 return f"{tokens / (time.perf_counter() - start):,.0f} tokens/s"
 
             try:
-                for completion in sampler.sample(requests, self.config.seed):
-                    writer.add(completion)
-                    tokens += len(completion.tokens)
-                    if bar.update():
-                        bar.set_postfix_str(rate(), refresh=False)
-                    interruption.check()
-                bar.set_postfix_str(rate())
-            except Stopped:
-                writer.close()
-                interruption.leave()
+                drawn = contextlib.closing(sampler.sample(requests, self.config.seed))
+                with contextlib.suppress(Stopped), drawn as completions:
+                    for completion in completions:
+                        writer.add(completion)
+                        tokens += len(completion.tokens)
+                        if bar.update():
+                            bar.set_postfix_str(rate(), refresh=False)
+                        interruption.check()
+                    bar.set_postfix_str(rate())
             except Exception:
                 with contextlib.suppress(Exception):  # what came before the error is kept, if it can be
                     writer.close()
                 raise
             writer.close()
+            try:
+                interruption.agree()
+            except Stopped:
+                interruption.leave()
 
     # ---- training ----------------------------------------------------------------------------------
 
@@ -195,6 +202,7 @@ class Work:
             evaluation=evaluation,
             directory=directory,
             seed=config.seed,
+            profile=config.profiled,
             progress=self.progress,
         )
         self._finish(params, model.config, loaded.directory, directory, happened)
@@ -202,7 +210,7 @@ class Work:
     def sft(self, name: str) -> None:
         recipe = self.config.models[name].sft
         loaded = self.load(recipe.student, trains=name)
-        chosen, counts = choose(self.study, name)
+        chosen, counts = hosts.from_first(lambda: choose(self.study, name))
         problems = self.study.problems(recipe.problems)
         of_id = {p.id: prompt for p, prompt in zip(problems, self.prompts(loaded, problems), strict=True)}
         examples, left_out = sft.make_examples(
@@ -221,6 +229,7 @@ class Work:
             examples=examples,
             directory=directory,
             seed=self.config.seed,
+            profile=self.config.profiled,
             progress=self.progress,
         )
         happened = {"step": happened["step"], **counts, "too_long": left_out, "examples": len(examples)}
@@ -236,11 +245,15 @@ class Work:
     def _finish(self, params, model: Qwen2Config, source: Path, directory: Path, happened: dict) -> None:
         """Write the trained model, then result.json, which says that the training is finished."""
         weights.save(params, model, directory / "model", source=source, dtype=self.save_dtype)
-        temporary = directory / ".result.json.tmp"
-        temporary.write_text(json.dumps(happened, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / "result.json")
-        if not self.config.keep_checkpoints:
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+        def finish():
+            temporary = directory / ".result.json.tmp"
+            temporary.write_text(json.dumps(happened, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, directory / "result.json")
+            if not self.config.keep_checkpoints:
+                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+        hosts.from_first(finish)
 
 
 def choose(study: Study, name: str) -> tuple[list[Response], dict]:

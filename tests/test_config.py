@@ -323,3 +323,15 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"study: caf\xe9\n")
     with pytest.raises(UserError, match=r"latin.yaml: cannot be read: 'utf-8' codec can't decode byte 0xe9"):
         config.load(tmp_path / "latin.yaml")
+
+
+def test_steps_to_profile(tmp_path):
+    assert load(tmp_path).profiled is None
+    study = load(tmp_path, "profile=10:12")  # a number of seconds to other readers of YAML
+    assert list(study.profiled) == [10, 11, 12]
+    assert load(tmp_path, text=yaml.safe_dump(study.written())) == study
+    for wrong in ("12:10", "0:3", "5", "1:2:3", "a:b"):
+        assert re.match(
+            r"profile: .* is not first:last, two steps counted from 1, as in 10:12",
+            refused(tmp_path, f"profile={wrong}"),
+        )

@@ -1,7 +1,12 @@
+import dataclasses
+import gzip
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +49,9 @@ class Script:
     def load(self, params):
         self.loaded += 1
 
+    def release(self):
+        self.loaded -= 1
+
     def sample(self, requests, seed):
         self.seeds.append(seed)
         for i in reversed(range(len(requests))):  # completions come in no particular order
@@ -84,6 +92,47 @@ def test_groups_are_graded_as_they_end_and_in_order():
     assert rollouts.grader.submissions == 3 and {"sample", "grade"} <= set(rollouts.seconds)
     for g in drawn:
         assert g.texts == [tiny.decode(c.tokens) for c in g.completions]
+
+
+def test_a_group_is_graded_while_others_are_sampled():
+    grader, submitted = tiny.Grader(), []
+
+    class Watched(Script):
+        def sample(self, requests, seed):
+            for completion in super().sample(requests, seed):
+                submitted.append(grader.submissions)
+                yield completion
+
+    rollouts = grpo.Rollouts(grader, tiny.decode, Interruption())
+    rollouts.draw(Watched([2, 0, 4]), tiny.questions(), [(q, range(4)) for q in range(3)], 0)
+    assert submitted == [0] * 4 + [1] * 4 + [2] * 4 and grader.submissions == 3
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_step_of_several_processes_is_that_of_one(monkeypatch, count):
+    """Groups of 4 responses; of 6 processes some have none of a group."""
+    alone = practise([2, 0, 4])[0]
+
+    class Given:  # the same responses, whoever asks
+        def sample(self, requests, seed):
+            for i, r in enumerate(requests):
+                assert r.samples
+                group = next(g for g in alone if tiny.questions().prompts[g.question] == r.prompt)
+                yield from (dataclasses.replace(group.completions[k], request=i) for k in reversed(r.samples))
+
+    def drawn(index):
+        monkeypatch.setattr(grpo.hosts, "index", lambda: index)
+        rollouts = grpo.Rollouts(tiny.Grader(), tiny.decode, SimpleNamespace(check=lambda: None, agree=lambda: None))
+        return rollouts.draw(Given(), tiny.questions(), wanted, 0), rollouts
+
+    wanted = [(g.question, range(4)) for g in alone]
+    monkeypatch.setattr(grpo.hosts, "count", lambda: count)
+    parts = [drawn(index) for index in range(count)]
+    monkeypatch.setattr(grpo.hosts, "gather", lambda own: [groups for groups, _ in parts])
+    whole = parts[0][1].exchange(parts[0][0])
+    for group, other in zip(whole, alone, strict=True):
+        assert [c.sample for c in group.completions] == [0, 1, 2, 3] and group.texts == other.texts
+        assert group.question == other.question and group.correct.tolist() == other.correct.tolist()
 
 
 def test_a_question_that_comes_twice_in_a_step_gets_new_samples():
@@ -144,6 +193,22 @@ def test_a_batch_of_equal_groups_changes_nothing(tmp_path):
     ]
 
 
+def test_a_profile_names_the_parts_of_a_step(tmp_path, samplers, capsys):
+    config = tiny.grpo_config(steps=4, evaluate_every=None)
+    tiny.run_grpo(tmp_path, config=config, samplers=samplers, evaluate=False, profile=range(2, 4))
+    said = capsys.readouterr().out.strip()
+    assert said == f"profile of steps 2 to 3: {tmp_path}/events/plugins/profile"
+    (folder,) = (tmp_path / "events/plugins/profile").iterdir()  # where TensorBoard looks for it
+    (programs,), (calls,) = folder.glob("*.xplane.pb"), folder.glob("*.trace.json.gz")
+    for scope in (b"attention", b"mlp", b"logprobs", b"optimizer"):
+        assert re.search(rb"[/(]" + scope + rb"[/)]", programs.read_bytes()), scope
+    events = Counter(event.get("name") for event in json.loads(gzip.decompress(calls.read_bytes()))["traceEvents"])
+    assert {name: events[name] for name in ("load", "sample", "grade")} == {"load": 2, "sample": 2, "grade": 2}
+    assert "train" in events and not any(name and name.startswith("$") for name in events), (
+        "no calls of Python functions"
+    )
+
+
 def test_what_happened(whole):
     _, done, _ = whole
     assert json.loads(json.dumps(done)) == done
@@ -162,7 +227,7 @@ def test_tensorboard_shows_every_part(whole):
     steps = list(range(1, 6))
     train = ("loss", "grad_norm", "entropy", "learning_rate", "delta_logp", "delta_logp_max", "clipped", "tokens")
     rollout = ("reward", "all_right", "all_wrong", "length", "truncated", "questions")
-    seconds = ("sample", "grade", "train", "tokens_per_second", "sampled_per_second")
+    seconds = ("load", "sample", "grade", "train", "tokens_per_second", "sampled_per_second")
     groups = {"train": train, "rollout": rollout, "time": seconds}
     for tag in (f"{group}/{name}" for group, names in groups.items() for name in names):
         assert [step for step, _ in values[tag]] == steps, tag

@@ -230,3 +230,19 @@ def test_a_quarter_of_a_million_responses(tmp_path):
     table = again.table(["tokens", "correct"])
     assert table.num_rows == 250_000
     assert sum(table["correct"].to_pylist()) == 83_334 and table["tokens"].to_pylist()[:3] == [0, 1, 2]
+
+
+def test_several_writers_have_names_of_their_own(tmp_path):
+    ResponseSet(tmp_path / "set", SETTINGS).add([response("p", 100)])
+    writers = [ResponseSet(tmp_path / "set", SETTINGS) for _ in range(3)]
+    writers[0].start_writing()
+    for i, writer in enumerate(writers):
+        writer.share_writing(i, len(writers))
+    (tmp_path / "set" / ".shard-00009.parquet.tmp").touch()  # what another one is writing
+    for k in range(2):
+        for i in (2, 0, 1):
+            writers[i].add([response("p", 10 * k + i)])
+    assert names(tmp_path / "set") == [".shard-00009.parquet.tmp", "set.json"] + [
+        f"shard-{n:05d}.parquet" for n in (0, 1, 2, 3, 4, 5, 6)
+    ]
+    assert [r.sample for r in ResponseSet(tmp_path / "set", SETTINGS).responses()] == [0, 1, 2, 10, 11, 12, 100]

@@ -59,6 +59,13 @@ def test_steps_and_what_happened(whole):
     )
 
 
+def test_a_profile_that_the_training_ends_before(tmp_path, capsys):
+    config = tiny.sft_config(epochs=1, checkpoint_every=100)
+    tiny.run_sft(tmp_path, config=config, profile=range(4, 40))
+    assert capsys.readouterr().out.strip() == f"profile of steps 4 to 5: {tmp_path}/events/plugins/profile"
+    assert len(list((tmp_path / "events/plugins/profile").glob("*/*.xplane.pb"))) == 1
+
+
 def test_the_loss_falls(tmp_path):
     examples = tiny.examples(6)
     tiny.run_sft(tmp_path, examples=examples, config=tiny.sft_config(epochs=30, batch=3, checkpoint_every=100))

@@ -10,11 +10,12 @@ import pytest
 import training_helpers as tiny
 from flax import nnx
 
-from rlvd_jax.config import OptimizerConfig
+from rlvd_jax.config import MeshConfig, OptimizerConfig
+from rlvd_jax.qwen2.mesh import make_mesh
 from rlvd_jax.training.batches import pack, token_weights
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.optimizer import decayed, learning_rate, make_optimizer
-from rlvd_jax.training.step import Trainer, TrainState
+from rlvd_jax.training.step import Trainer, TrainState, segment_lengths
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=None, weight_decay=0.0)
 
@@ -185,12 +186,19 @@ def test_bfloat16_arithmetic_on_float32_weights(supervised):
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
 
 
-MESHES = [({}, None), ({"fsdp": 2, "tensor": 2}, Objective(ratio="sequence", kl=0.1))]
+POLICY = Objective(ratio="sequence", kl=0.1)
+MESHES = {
+    2: [({"tensor": 2}, None), ({"fsdp": 2}, POLICY)],
+    4: [({"data": 2, "fsdp": 2}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
+    8: [({}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
+}
+"""Number of devices → axes of some meshes of them, and what is trained there."""
 
 
-def three_updates(axes, objective):
-    """Losses and gradient norms of three updates on a mesh, then the size of the weights."""
-    trainer = Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(**axes), PLAIN, objective)
+def three_updates(axes, objective, devices=1):
+    """Losses, gradient norms and entropies of three updates on a mesh, then the size of the weights."""
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
+    trainer = Trainer(tiny.CONFIG, jnp.float32, mesh, PLAIN, objective)
     batch = batch_of(tiny.examples(21, policy=objective is not None), shards=trainer.batch_shards)
     if objective:  # any numbers near the policy's
         batch |= {"old": batch["logp"], "reference": batch["logp"] - 0.1}
@@ -198,11 +206,11 @@ def three_updates(axes, objective):
     for _ in range(3):
         state, metrics = trainer.update(state, batch)
         yield from (float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["entropy"]))
-    yield float(sum(np.abs(x).sum() for x in tiny.leaves(state.params)))
+    yield float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
 
 
-def test_one_device_equals_eight():
-    """SFT and GRPO on one device here, and on two meshes of 8 simulated ones in another process."""
+def test_one_device_equals_two_four_and_eight():
+    """SFT and GRPO on one device here, and on meshes of simulated ones in another process."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -212,11 +220,25 @@ def test_one_device_equals_eight():
         [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
     )
     assert out.returncode == 0, out.stderr
-    for line, (_, objective) in zip(out.stdout.splitlines(), MESHES, strict=True):
-        np.testing.assert_allclose([float(x) for x in line.split()], list(three_updates({}, objective)), rtol=2e-4)
+    lines = iter(out.stdout.splitlines())
+    one = {objective: list(three_updates({}, objective)) for objective in (None, POLICY)}
+    for meshes in MESHES.values():
+        for _, objective in meshes:
+            np.testing.assert_allclose([float(x) for x in next(lines).split()], one[objective], rtol=2e-4)
 
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for axes, objective in MESHES:
-        print(*three_updates(axes, objective))
+    for devices, meshes in MESHES.items():
+        for axes, objective in meshes:
+            print(*three_updates(axes, objective, devices))
+
+
+def test_lengths_of_segments():
+    """As cuDNN's attention wants them: padded to a power of 4, whole batches of micro-batches."""
+    segments = np.array([[[1, 1, 2, 3, 3, 3, 0], [1] * 7], [[0] * 7, [1, 2, 3, 4, 5, 0, 0]]])
+    expected = np.zeros((2, 2, 16), np.int32)
+    expected[0, 0, :3], expected[0, 1, 0], expected[1, 1, :5] = (2, 1, 3), 7, 1
+    np.testing.assert_array_equal(segment_lengths(segments), expected)
+    assert segment_lengths(segments[:1]).shape == (1, 2, 4)
+    assert segment_lengths(segments[:1, 1:]).tolist() == [[[7]]]

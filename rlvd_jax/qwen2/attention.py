@@ -14,17 +14,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 
-def attend(q, k, v, segments, mesh: Mesh | None = None):
+def attend(q, k, v, segments, mesh: Mesh | None = None, lengths=None):
     """Causal grouped-query attention inside segments.
 
     q: [batch, time, heads, head_dim]; k, v: [batch, time, kv_heads, head_dim]; segments: [batch, time] int32,
     where 0 is padding and attends to nothing that matters. mesh: the devices that this is compiled for, over which
-    rows and heads are split as mesh.py says; None: JAX's default backend. Returns [batch, time, heads, head_dim].
+    rows and heads are split as mesh.py says; None: JAX's default backend. lengths: [batch, most segments of a row]
+    int32, tokens of each segment, 0 where there is none, which only `cudnn` reads; None: each row is one segment.
+    Returns [batch, time, heads, head_dim].
     """
     # A program may be compiled for devices that are not here (targets.py), so the mesh is asked first.
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
-        return cudnn(q, k, v, segments) if mesh is None else on_each_device(cudnn, q, k, v, segments, mesh)
+        if lengths is None:
+            lengths = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)[:, None]
+        return cudnn(q, k, v, lengths) if mesh is None else on_each_device(cudnn, q, k, v, lengths, mesh)
     if platform == "tpu" and mesh is not None and q.shape[1] >= LANES:
         return on_each_device(splash, q, k, v, segments, mesh)
     return plain(q, k, v, _mask(segments))
@@ -50,28 +54,30 @@ def plain(q, k, v, mask):
 
 # ---- GPUs ----------------------------------------------------------------------------------------------
 
-MOST_SEGMENTS = 128  # of a row; batches.py packs no more
 
-
-def cudnn(q, k, v, segments):
+def cudnn(q, k, v, lengths):
     """`attend` by cuDNN's fused kernel, forward and backward, on one device: each segment is a sequence of its own, so
-    that nothing is computed between segments, and no mask exists. Segments are 1, 2, … from the left, without gaps."""
+    that nothing is computed between segments, and no mask exists.
+
+    lengths: [batch, most segments of a row]; segments lie end to end from the left. The kernel's time and memory grow
+    with `most`, used or not.
+    """
     # Behind `jax.nn.dot_product_attention`, which takes one sequence a row; it has no public name.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    count = min(MOST_SEGMENTS, segments.shape[1])
-    # The kernel leaves padding as it finds it, gradients too, and nothing times what lies there need be nothing.
-    there = (segments > 0)[:, :, None, None]
+    # The kernel leaves padding as it finds it, gradients too, and nothing times what lies there need not be nothing.
+    there = (jnp.arange(q.shape[1]) < lengths.sum(axis=1)[:, None])[:, :, None, None]
     q, k, v = (jnp.where(there, x, 0) for x in (q, k, v))
-    number = jnp.arange(1, count + 1)
-    lengths = jnp.sum(segments[:, :, None] == number, axis=1, dtype=jnp.int32)  # [batch, segments]
-    starts = jnp.cumsum(lengths, axis=1) - lengths
-    used = lengths > 0
-    offsets = jnp.pad(jnp.where(used, starts, -1), ((0, 0), (0, 1)), constant_values=-1)
-    lengths = jnp.where(used, lengths, -1)
-    sequences = lengths, lengths, offsets, offsets
-    scale, mask = q.shape[-1] ** -0.5, MaskType.PADDING_CAUSAL
-    return jnp.where(there, dot_product_attention(q, k, v, None, None, *sequences, scale=scale, mask_type=mask), 0)
+    if lengths.shape[1] == 1:
+        sequences = {"q_seqlen": lengths[:, 0], "kv_seqlen": lengths[:, 0]}
+    else:
+        used = lengths > 0
+        offsets = jnp.where(used, jnp.cumsum(lengths, axis=1) - lengths, -1)
+        offsets = jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1)
+        lengths = jnp.where(used, lengths, -1)
+        sequences = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
+    out = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL, **sequences)
+    return jnp.where(there, out, 0)
 
 
 # ---- TPUs ----------------------------------------------------------------------------------------------

@@ -100,8 +100,8 @@ class Layers(nnx.Module):
         return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
 
 
-def layer(c: Qwen2Config, x, w, rope, segments, mesh=None):
-    """One transformer layer; x: [batch, time, hidden]; w: this layer's weights; mesh: as in `Qwen2`."""
+def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
+    """One transformer layer; x: [batch, time, hidden]; w: this layer's weights; mesh, lengths: see `attend`."""
     w = {name: value.astype(x.dtype) if value.ndim == 2 else value for name, value in w.items()}
     batch, time, _ = x.shape
 
@@ -112,7 +112,7 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None):
     with jax.named_scope("attention"):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
         q, k = rotate(heads(h, "q"), rope), rotate(heads(h, "k"), rope)
-        out = attend(q, k, heads(h, "v"), segments, mesh)
+        out = attend(q, k, heads(h, "v"), segments, mesh, lengths)
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
@@ -130,10 +130,10 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments, mesh=None, keep: bool = False):
+    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: bool = False):
         """Hidden states after the final norm.
 
-        tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh: what it is compiled for, see
+        tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh, lengths: see
         `attend`. keep: for the backward pass, `kept_bytes` of each token and layer besides the residual stream; else
         all of a layer is computed again there. → [batch, time, hidden], `dtype`.
         """
@@ -142,7 +142,7 @@ class Qwen2(nnx.Module):
         rope = rope_table(positions, c.head_dim, c.rope_theta)
 
         def body(x, w):
-            return layer(c, x, w, rope, segments, mesh), None
+            return layer(c, x, w, rope, segments, mesh, lengths), None
 
         policy = keep_products if keep else None
         x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, self.layers.stack())

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rlvd_jax import hosts
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh, param_shardings, path_name
@@ -204,7 +206,14 @@ def save(
     `shard_bytes` is the largest safetensors file (one file needs no index). What stood there is moved aside
     (`.NAME.old`) before the new directory takes its name, and put back by the next save if this one was killed
     between the two. UserError if it cannot be written.
+
+    All processes call it together where there are several: the first writes, the others bring their parts of the
+    weights.
     """
+    if not hosts.first():
+        for _ in _tensors(params, _declared(config), jnp.dtype(dtype)):
+            pass
+        return
     directory = Path(os.path.realpath(directory))
     new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
     if directory.exists() and not directory.is_dir():
@@ -235,8 +244,19 @@ def save(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dtype, shard_bytes: int) -> None:
+def _tensors(params, declared: dict, dtype) -> Iterator[np.ndarray]:
+    """The tensors of a checkpoint in the order of their declarations, one at a time on the host."""
     arrays = by_path(params)
+    for path, i, w in declared.values():
+        value = arrays[path] if i is None else arrays[path][i]
+        if value.is_fully_addressable:
+            value = np.asarray(value.astype(dtype))
+        else:
+            value = np.asarray(hosts.replicated(value, dtype).addressable_data(0))
+        yield np.ascontiguousarray(value.T if w.matrix else value)
+
+
+def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dtype, shard_bytes: int) -> None:
     declared = _declared(config)
     shards: list[list[str]] = [[]]
     size = 0
@@ -248,14 +268,12 @@ def _write(params, config: Qwen2Config, directory: Path, source: Path | None, dt
         shards[-1].append(name)
         size += nbytes
     weight_map = {}
+    values = _tensors(params, declared, dtype)
     for k, names in enumerate(shards):
         file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for name in names:
-            path, i, w = declared[name]
-            value = arrays[path] if i is None else arrays[path][i]
-            value = np.asarray(value.astype(dtype))
-            tensors[name] = np.ascontiguousarray(value.T if w.matrix else value)
+            tensors[name] = next(values)
             weight_map[name] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -136,6 +136,10 @@ class Sampler:
             params = jax.device_put(params, NamedSharding(self.mesh, P()))
         self.weights = device.decode_weights(self.program)(params)
 
+    def release(self) -> None:
+        """Give the weights' memory back until the next `load`."""
+        self.weights = None
+
     def plan(self, longest_prompt: int, responses: int) -> Plan:
         """Slots and pages of each device group, for `responses` in all; UserError where memory holds none."""
         groups = self.mesh.shape["data"]
@@ -461,7 +465,8 @@ class _Run:
             jax.device_put(np.int32(steps), self.whole),
         )
         by_group = len(self.groups), self.slots
-        done, produced = (x.reshape(by_group) for x in jax.device_get((self.state.done, self.state.produced)))
+        # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
+        done, produced = (np.array(x).reshape(by_group) for x in (self.state.done, self.state.produced))
         rounds = []
         for g, g_done, g_produced, g_void in zip(self.groups, done, produced, void, strict=True):
             live = g.live

@@ -26,7 +26,6 @@ import grain
 import numpy as np
 
 from rlvd_jax.errors import UserError
-from rlvd_jax.qwen2.attention import MOST_SEGMENTS
 
 LEAST_ROW = 128  # the shortest row worth a compilation of its own, and what attention kernels like to divide by
 
@@ -64,8 +63,8 @@ def token_weights(lengths, normalise: str, max_tokens: int | None = None) -> np.
 
 
 def first_fit_decreasing(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Examples of each row, MOST_SEGMENTS at most: the longest first, each into the first row with room (at most 11/9
-    of the fewest rows possible, and one). Equal lengths keep their order, so the result is a function of `lengths`."""
+    """Examples of each row: the longest first, each into the first row with room (at most 11/9 of the fewest
+    rows possible, and one). Equal lengths keep their order, so the result is a function of `lengths` alone."""
     rows: list[list[int]] = []
     room = np.zeros(len(lengths), np.int64)
     for i in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
@@ -75,7 +74,7 @@ def first_fit_decreasing(lengths: Sequence[int], row_tokens: int) -> list[list[i
             rows.append([])
             room[row] = row_tokens
         rows[row].append(int(i))
-        room[row] = room[row] - lengths[i] if len(rows[row]) < MOST_SEGMENTS else 0
+        room[row] -= lengths[i]
     return rows
 
 

@@ -3,9 +3,10 @@
 One step: the sampler answers `questions` questions `samples` times each; the grader judges a group as soon as its last
 response has ended, while the device goes on sampling; rewards become advantages within each group; all
 responses are packed into one batch, and one optimiser step is made on it (`updates` steps, on the very same batch, as
-PPO's epochs and TRL's num_iterations). Every draw is a function of the seed, the step, the question and the sample
-number, and the order of the questions of the seed alone, so a run that was killed goes on from its last checkpoint to
-the very same weights.
+PPO's epochs and TRL's num_iterations). Where there are several processes each samples and grades its share of every
+group, then all get the others' and pack the same batch. Every draw is a function of the seed, the step, the question
+and the sample number, and the order of the questions of the seed alone, so a run that was killed goes on from its last
+checkpoint to the very same weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from rlvd_jax import hosts
 from rlvd_jax.board import Board
 from rlvd_jax.config import GRPOConfig
 from rlvd_jax.errors import UserError
@@ -39,6 +41,7 @@ from rlvd_jax.training.batches import Example, pack, token_weights
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.loss import Objective
+from rlvd_jax.training.profile import Profile
 from rlvd_jax.training.rewards import advantages, rewards
 from rlvd_jax.training.step import Trainer, TrainState, check_finite, discard, get_trainer
 
@@ -94,28 +97,50 @@ class Rollouts:
     @contextmanager
     def timed(self, part: str):
         start = time.perf_counter()
-        yield
+        with jax.profiler.TraceAnnotation(part):
+            yield
         self.seconds[part] += time.perf_counter() - start
 
     def draw(self, sampler: Sampler, questions: Questions, wanted: list[tuple[int, range]], seed: int) -> list[Group]:
-        """A group for each (question, sample numbers) in `wanted`, under the weights that the sampler has."""
-        requests = [Request(questions.prompts[q], question_key(questions.problems[q].id), tuple(s)) for q, s in wanted]
-        groups = [Group(q, [], [], np.zeros(len(s), bool)) for q, s in wanted]
-        verdicts = [None] * len(groups)
-        with self.timed("sample"):
-            for completion in sampler.sample(requests, seed):
+        """A group for each (question, sample numbers) in `wanted`, under the weights that the sampler has; of each this
+        process's share of the responses. Called by all processes together."""
+        shares = hosts.share([samples for _, samples in wanted])
+        mine = [i for i, samples in enumerate(shares) if samples]
+        asked = [wanted[i][0] for i in mine]
+        requests = [
+            Request(questions.prompts[q], question_key(questions.problems[q].id), shares[i])
+            for q, i in zip(asked, mine, strict=True)
+        ]
+        groups = [Group(q, [], [], np.zeros(len(s), bool)) for (q, _), s in zip(wanted, shares, strict=True)]
+        verdicts = {}
+        with self.timed("sample"), suppress(Stopped), closing(sampler.sample(requests, seed)) as completions:
+            for completion in completions:
                 self.interruption.check()
-                i = completion.request
+                i = mine[completion.request]
                 group, gold = groups[i], questions.problems[groups[i].question].answer
                 group.completions.append(completion)
                 if len(group.completions) == len(group.correct):
                     group.completions.sort(key=lambda c: c.sample)
                     group.texts = [self.decode(c.tokens) for c in group.completions]
                     verdicts[i] = self.grader.submit([(gold, text) for text in group.texts])
+        self.interruption.agree()
         with self.timed("grade"):  # what is left of it once the last response has ended
-            for group, verdict in zip(groups, verdicts, strict=True):
-                group.correct[:] = [v.correct for v in verdict.result()]
+            for i, verdict in verdicts.items():
+                groups[i].correct[:] = [v.correct for v in verdict.result()]
         return groups
+
+    def exchange(self, groups: list[Group]) -> list[Group]:
+        """The groups with the responses of all processes, from each process's share of them."""
+        if hosts.count() == 1:
+            return groups
+
+        def put_together(parts: tuple[Group, ...]) -> Group:
+            rows = [row for g in parts for row in zip(g.completions, g.texts, g.correct, strict=True)]
+            completions, texts, correct = zip(*sorted(rows, key=lambda row: row[0].sample), strict=True)
+            return Group(parts[0].question, list(completions), list(texts), np.array(correct))
+
+        with self.timed("exchange"):  # with the wait for the slowest
+            return [put_together(parts) for parts in zip(*hosts.gather(groups), strict=True)]
 
 
 def draw_seed(seed: int, purpose: str, step: int) -> int:
@@ -154,7 +179,7 @@ def practise(
             q = question_at(p, len(questions.problems), seed)
             wanted.append((q, range(asked[q] * config.samples, (asked[q] + 1) * config.samples)))
             asked[q] += 1
-        new = rollouts.draw(sampler, questions, wanted, draw_seed(seed, "practice", step))
+        new = rollouts.exchange(rollouts.draw(sampler, questions, wanted, draw_seed(seed, "practice", step)))
         drawn += new
         useful += [g for g in new if 0 < g.correct.sum() < len(g.correct)] if config.dynamic_sampling else new
         if len(useful) >= config.questions:
@@ -201,15 +226,19 @@ def evaluate(evaluation: Evaluation, rollouts: Rollouts, params, step: int, seed
     evaluation.sampler.load(params)
     wanted = [(q, range(evaluation.samples)) for q in range(len(evaluation.questions.problems))]
     groups = rollouts.draw(evaluation.sampler, evaluation.questions, wanted, draw_seed(seed, "evaluation", step))
-    correct = [int(g.correct.sum()) for g in groups]
+    evaluation.sampler.release()
     completions = [c for g in groups for c in g.completions]
+    lengths, cut = sum(len(c.tokens) for c in completions), sum(c.stop == "length" for c in completions)
+    of_all = hosts.gather((np.array([g.correct.sum() for g in groups]), lengths, cut))
+    correct, lengths, cut = (sum(values) for values in zip(*of_all, strict=True))
+    responses = len(correct) * evaluation.samples
     return {
         "step": step,
         "samples": evaluation.samples,
-        "correct": correct,
-        "accuracy": sum(correct) / (len(correct) * evaluation.samples),
-        "length": float(np.mean([len(c.tokens) for c in completions])),
-        "truncated": float(np.mean([c.stop == "length" for c in completions])),
+        "correct": correct.tolist(),
+        "accuracy": int(correct.sum()) / responses,
+        "length": lengths / responses,
+        "truncated": cut / responses,
     }
 
 
@@ -250,7 +279,7 @@ def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: 
         "reward": f"{rollout['reward']:+.2f}",
         "length": f"{rollout['length']:.0f}",
         "Δlogp": f"{learnt['delta_logp']:.1e} (max {learnt['delta_logp_max']:.1e})",
-        "s": "+".join(f"{seconds[part]:.1f}" for part in ("sample", "grade", "train")),
+        "s": "+".join(f"{seconds[part]:.1f}" for part in ("load", "sample", "grade", "train")),
         "tokens/s": f"{rates['tokens_per_second']:,.0f}",
     }
 
@@ -268,6 +297,7 @@ def train(
     evaluation: Evaluation | None,
     directory: str | Path,
     seed: int,
+    profile: range | None = None,
     progress: bool = True,
 ) -> tuple[nnx.State, dict]:
     """Train a model by GRPO, or go on with it; → (weights of the step that is kept, what happened).
@@ -275,7 +305,8 @@ def train(
     model: whose architecture and dtype are used; it may be abstract. params: the weights to start from, which training
     takes over: don't use them again.
     sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
-    and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard.
+    and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard. profile:
+    the steps to trace, into `events` too.
 
     What happened is JSON-able: "kept", the step of the weights; "step", the last one; "position", questions drawn;
     "evaluations", a list of `evaluate`'s results. Raises UserError if the settings can't work together or the directory
@@ -312,7 +343,8 @@ def train(
             state, done = checkpoints.restore(trainer.abstract_state)
             first_step = done["step"] + 1
         bar = tqdm(total=config.steps, initial=done["step"], desc="GRPO", unit="step", disable=not progress)
-        with Board(directory / "events", first_step) as board, bar:
+        events = directory / "events"
+        with Board(events, first_step) as board, Profile(profile, events) as tracer, bar:
             shown = {}
             try:
                 while True:
@@ -321,7 +353,9 @@ def train(
                     evaluated = step in [e["step"] for e in done["evaluations"]]
                     if every and (step % every == 0 or ended) and not evaluated:
                         bar.set_description("GRPO (evaluating)")
-                        result = evaluate(evaluation, rollouts, state.params, step, seed)
+                        weights = hosts.on_local_devices(state.params, model.dtype)
+                        result = evaluate(evaluation, rollouts, weights, step, seed)
+                        del weights
                         bar.set_description("GRPO")
                         done = done | {"evaluations": [*done["evaluations"], result]}
                         if config.keep == "best":  # the earliest of equals
@@ -332,16 +366,18 @@ def train(
                         checkpoints.save(state, done, done["best"])
                     if ended:
                         break
-                    interruption.check()
+                    interruption.agree()
 
                     rollouts.seconds.clear()
-                    with rollouts.timed("load"):
-                        sampler.load(state.params)
-                    groups, drawn = practise(config, rollouts, sampler, questions, done["position"], step, seed)
-                    with rollouts.timed("train"):
-                        shards = trainer.batch_shards
-                        batch = to_batch(config, groups, questions, settings.max_tokens, row_tokens, shards)
-                        state, learnt = learn(config, trainer, state, batch, reference)
+                    with tracer.step(step + 1):
+                        with rollouts.timed("load"):
+                            sampler.load(hosts.on_local_devices(state.params, model.dtype))
+                        groups, drawn = practise(config, rollouts, sampler, questions, done["position"], step, seed)
+                        sampler.release()
+                        with rollouts.timed("train"):
+                            shards = trainer.batch_shards
+                            batch = to_batch(config, groups, questions, settings.max_tokens, row_tokens, shards)
+                            state, learnt = learn(config, trainer, state, batch, reference)
                     check_finite(learnt, step + 1)
                     done = done | {"step": step + 1, "position": done["position"] + len(drawn)}
                     shown |= record(board, step + 1, drawn, learnt, rollouts.seconds, questions)

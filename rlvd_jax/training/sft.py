@@ -21,6 +21,7 @@ from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.training.batches import Example, supervised
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
+from rlvd_jax.training.profile import Profile
 from rlvd_jax.training.step import check_finite, discard, get_trainer
 
 LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
@@ -56,12 +57,13 @@ def train(
     examples: Sequence[Example],
     directory: str | Path,
     seed: int,
+    profile: range | None = None,
     progress: bool = True,
 ) -> tuple[nnx.State, dict]:
     """Train a model on examples, or go on with it; → (weights, what happened).
 
-    model, params, mesh, directory and the exceptions are as in `grpo.train`. What happened is JSON-able: "step", the
-    optimiser steps made, and "data", the position in the examples.
+    model, params, mesh, directory, profile and the exceptions are as in `grpo.train`. What happened is JSON-able:
+    "step", the optimiser steps made, and "data", the position in the examples.
     """
     if not examples:
         raise UserError("sft: there is no example to learn from; is there a correct response that fits max_length?")
@@ -94,13 +96,17 @@ def train(
             state, done = checkpoints.restore(trainer.abstract_state)
             batches.set_state(done["data"])
         bar = tqdm(total=steps, initial=done["step"], desc="SFT", unit="step", disable=not progress)
-        with Board(directory / "events", done["step"] + 1) as board, bar:
+        events = directory / "events"
+        with Board(events, done["step"] + 1) as board, Profile(profile, events) as tracer, bar:
             window, start = [], time.perf_counter()
             try:
                 for batch in batches:
-                    state, metrics = trainer.update(state, trainer.place(batch))
-                    window.append(metrics)
                     step = done["step"] + 1
+                    with tracer.step(step) as traced:
+                        state, metrics = trainer.update(state, trainer.place(batch))
+                        if traced:  # the trace is to end after the device's work
+                            jax.block_until_ready(metrics)
+                    window.append(metrics)
                     done = {"step": step, "data": batches.get_state()}
                     saves = step % config.checkpoint_every == 0 or step == steps
                     if step % LOG_EVERY == 0 or saves:
@@ -114,7 +120,7 @@ def train(
                     bar.update()
                     if saves:
                         checkpoints.save(state, done)
-                    interruption.check()
+                    interruption.agree()
             except Stopped:
                 for metrics in jax.device_get(window):
                     check_finite(metrics, done["step"])

@@ -47,6 +47,15 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
         )
 
 
+def segment_lengths(segments: np.ndarray) -> np.ndarray:
+    """Tokens of each segment of each row, 0 where there is none: [..., T] → [..., most], a power of 4 that is enough
+    for the row of the most segments, so that few shapes are compiled."""
+    most = 1
+    while most < segments.max():
+        most *= 4
+    return np.stack([(segments == i).sum(axis=-1, dtype=np.int32) for i in range(1, most + 1)], axis=-1)
+
+
 class Trainer:
     """The compiled functions of one training recipe; `get_trainer` finds the one made before, or makes one.
 
@@ -93,6 +102,8 @@ class Trainer:
         def put(x):
             return jax.make_array_from_callback(x.shape, self.split if x.ndim else self.whole, lambda index: x[index])
 
+        if self.mesh.devices.flat[0].platform == "gpu":
+            batch = batch | {"lengths": segment_lengths(batch["segments"])}
         with jax.transfer_guard("allow"):
             return {name: put(x) for name, x in batch.items()}
 
@@ -135,7 +146,7 @@ class Trainer:
 
     def _forward(self, params, micro, keep=False):
         model = nnx.merge(self.graphdef, params)
-        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh, keep)
+        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh, micro.get("lengths"), keep)
         return token_logprobs(
             hidden, model.unembedding(), micro["tokens"], temperature=self.temperature, shards=self.batch_shards
         )
@@ -177,7 +188,8 @@ class Trainer:
             logp, _ = self._forward(params, jax.tree.map(lambda x: x[i], batch))
             return jax.lax.dynamic_update_index_in_dim(out, logp, i, 0)
 
-        used, batch = batch["used"], {k: batch[k] for k in ("tokens", "positions", "segments")}
+        wanted = {"tokens", "positions", "segments", "lengths"}
+        used, batch = batch["used"], {k: x for k, x in batch.items() if k in wanted}
         return jax.lax.fori_loop(0, used, fill, jnp.zeros(batch["tokens"].shape, jnp.float32))
 
 
