@@ -1,7 +1,7 @@
 """Whether each step of a study fits on a TPU slice that is not here, and what to change if not (`--plan --target`).
 
 Updates are compiled for the slice (targets.py), with every response as long as it can be; what sampling needs is
-estimated from its largest arrays (plan.py).
+reckoned as the sampler itself does (sampling/memory.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 
 from rlvd_jax import targets
 from rlvd_jax.config import GRPOConfig, MeshConfig, SamplingConfig, SFTConfig
-from rlvd_jax.plan import HEADING, PROMPT, TOKENS, architecture, cells, sampling_memory, size, slots, table
+from rlvd_jax.plan import HEADING, PROMPT, TOKENS, architecture, cells, size, table
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh
+from rlvd_jax.sampling.cache import choose_layout, page_size
+from rlvd_jax.sampling.memory import SHARE, Demand, devices_of_model, weight_bytes
 from rlvd_jax.study import Step, Study
 from rlvd_jax.training.batches import LEAST_ROW, Example, pack
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.step import Trainer
-
-SAMPLER_SHARE = 0.92  # of a device's memory, which the sampler fills at most
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,29 @@ def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, shards: int) -> 
 
 
 def sampling_part(
-    c: Qwen2Config, itemsize: int, sampling: SamplingConfig, responses: int, held: float, memory: float
+    c: Qwen2Config, dtype, sampling: SamplingConfig, responses: int, held: float, target: targets.Target
 ) -> Part:
-    """Of drawing so many responses on a device of so many bytes, `held` of which something else takes."""
-    length = longest_response(sampling, c.max_position_embeddings)
-    weights = held + sampling_memory(c, itemsize, length, 0)
-    slot = held + sampling_memory(c, itemsize, length, 1) - weights
-    wanted = slots(sampling, responses)
-    there = int((SAMPLER_SHARE * memory - weights) // slot)
-    if there < 1:
-        share = f"{size(SAMPLER_SHARE * memory)} that the sampler may fill"
-        if weights + slot / 8 > SAMPLER_SHARE * memory:
-            said = f"its weights, whole on each device, leave no room in the {share}: take chips with more memory"
+    """Of drawing so many responses on all devices of a target, `held` bytes of each of which something else takes."""
+    here = len(target.devices) // target.hosts
+    tensor = devices_of_model(c, sampling, dtype.itemsize, target.memory, here)
+    demand = Demand(c, sampling, choose_layout(c, dtype, "tpu"), dtype.itemsize, tensor, PROMPT)
+    held += weight_bytes(c, dtype.itemsize, tensor)
+    free = SHARE * target.memory - held
+    if free < demand.least:
+        share = f"{size(SHARE * target.memory)} that the sampler may fill"
+        if free < demand.least / 8:
+            said = f"its weights leave no room in the {share}: take chips with more memory"
         else:
-            said = f"one response of {length:,} tokens is too long for the {share}: lower sampling.max_tokens"
-        return Part(weights + slot, False, said)
-    if there >= 16:
-        there = there // 16 * 16
-    taken = min(wanted, there)
-    return Part(
-        weights + taken * slot, True, f"{taken:,} slots" if taken == wanted else f"{taken:,} of {wanted:,} slots"
-    )
+            said = f"one response of {demand.length:,} tokens is too long for the {share}: lower sampling.max_tokens"
+        return Part(held + demand.least, False, said)
+    plan = demand.plan(-(-responses * tensor // len(target.devices)), free)
+    said = f"{plan.slots:,} slots"
+    if plan.pages:
+        longest = plan.pages * page_size(demand.layout) // demand.length
+        said += f", room for {longest:,} of the longest responses" if longest < plan.slots else ""
+    if tensor > 1:
+        said += f", weights split over {tensor} devices"
+    return Part(held + demand.bytes(plan), True, said)
 
 
 class TargetPlan:
@@ -116,11 +118,11 @@ class TargetPlan:
     def parts(self, step: Step) -> dict[str, Part]:
         """The parts of a step by their names in the table."""
         config, c, itemsize = self.study.config, architecture(self.study, step.model), self.dtype.itemsize
-        devices = len(self.target.devices)
         if step.kind == "respond":
             left = sum(len(s) for s in self.study.missing(step).values())
             sampling = config.model_sampling(step.model)
-            return {step.name: sampling_part(c, itemsize, sampling, -(-left // devices), 0, self.target.memory)}
+            held = itemsize * c.parameters * self.target.hosts / len(self.target.devices)  # as loaded
+            return {step.name: sampling_part(c, self.dtype, sampling, left, held, self.target)}
         grpo = config.models[step.model].grpo
         if not grpo:
             return {step.name: self.update(step.model, c, 0)}
@@ -132,7 +134,7 @@ class TargetPlan:
         held = 12 * c.parameters / self.split + start
         most = max(grpo.questions * grpo.samples, evaluated * grpo.evaluate_samples)
         sampling = config.model_sampling(step.model, grpo.sampling)
-        drawn = sampling_part(c, itemsize, sampling, -(-most // devices), held, self.target.memory)
+        drawn = sampling_part(c, self.dtype, sampling, most, held, self.target)
         return {f"{step.name}: update": update, f"{step.name}: sampling": drawn}
 
     def update(self, model: str, c: Qwen2Config, held: float) -> Part:
@@ -174,7 +176,7 @@ class TargetPlan:
         state = 16 * c.parameters / self.split
         fitting = int(row * (self.target.memory - held - state) / max(1, peak - state)) // LEAST_ROW * LEAST_ROW
         if fitting < row // 4:
-            beside = f" and the samplers' weights {size(held)}" if held else ""
+            beside = f" and the start model's weights {size(held)}" if held else ""
             return f"weights, gradient and moments take {size(state)}{beside}, so take chips with more memory, or more"
         if isinstance(recipe, SFTConfig):
             return f"set {where}.max_length to about {fitting:,}, and longer responses are left out"
@@ -203,7 +205,7 @@ def plan_on(study: Study, target: targets.Target, say: Callable[[str], None]) ->
     heading += f"{target.memory / targets.GIB:.2f} GiB{hosts}, {settings_of(on.axes)}"
     notes = (
         f"{TOKENS} Updates were compiled for {target.name} with responses of the greatest length; sampling is "
-        "estimated from its largest arrays."
+        "reckoned from its largest arrays."
     )
     told = [f"Does not fit: {', '.join(titles)}: {said}." for said, titles in wrong.items()]
     return "\n".join([heading, table(rows), *told, *([on.note] if on.note else []), notes])

@@ -17,6 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from rlvd_jax import hosts, prompts, tokenizer
+from rlvd_jax.config import MeshConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.grading import Grader
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config, weights
@@ -62,9 +63,10 @@ class Work:
 
     def __init__(self, study: Study, grader: Grader, progress: bool = True):
         self.study, self.config, self.grader, self.progress = study, study.config, grader, progress
-        self.mesh = self.local_mesh = make_mesh(self.config.mesh)
-        if hosts.count() > 1:  # each process samples by itself
-            self.local_mesh = make_mesh(devices=jax.local_devices())
+        self.mesh = make_mesh(self.config.mesh)
+        # Each process samples by itself, with weights of the sampler's own, so what it loads is split over its devices.
+        local = jax.local_devices()
+        self.local_mesh = make_mesh(MeshConfig(fsdp=len(local)), local)
         self.dtype = self._dtype(self.config.dtype)
         self.save_dtype = self.dtype if self.config.save_dtype == "auto" else self._dtype(self.config.save_dtype)
         self._loaded: Loaded | None = None

@@ -4,13 +4,16 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import tiny_study
 from test_plan import BIG, lines, paper
 
 from rlvd_jax import run, targets
 from rlvd_jax.config import GRPOConfig, MeshConfig, SamplingConfig, SFTConfig
-from rlvd_jax.plan import sampling_memory
+from rlvd_jax.errors import UserError
+from rlvd_jax.plan import size
+from rlvd_jax.qwen2 import Qwen2Config
 from rlvd_jax.target_plan import choose_mesh, largest_batch, plan_on, sampling_part
 
 GIB = 2**30
@@ -59,26 +62,58 @@ def test_the_largest_batch_of_an_update():
     assert largest_batch(sft, 40000, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
 
 
+def sampling_on(c, held=0.0, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=15.75 * GIB, **settings):
+    target = targets.Target("v5e", (None,) * chips, memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(targets.Target, "hosts", hosts)
+        return sampling_part(c, jnp.dtype(dtype), SamplingConfig(**settings), responses, held, target)
+
+
 def test_sampling():
-    c, memory = BIG, 15.75 * GIB
-    weights, slot = sampling_memory(c, 2, 4256, 0), sampling_memory(c, 2, 4256, 1) - sampling_memory(c, 2, 4256, 0)
-    assert weights == 2 * c.parameters and slot == 4256 * 36 * 2 * 2 * 128 * 2 + 24 * 151936
-    free = int((0.92 * memory - weights) // slot)
-    assert 48 <= free < 64
-    settings = SamplingConfig()
-    part = sampling_part(c, 2, settings, 8000, 0, memory)
-    assert part.fits and part.said == "48 of 1,024 slots" and part.memory == weights + 48 * slot
-    assert sampling_part(c, 2, settings, 20, 0, memory).said == "20 slots"
-    assert sampling_part(c, 2, settings.model_copy(update={"slots": 30}), 8000, 0, memory).said == "30 slots"
-    beside = sampling_part(c, 2, settings, 8000, (free - 5) * slot, memory)
-    assert beside.said == "5 of 1,024 slots" and beside.memory == pytest.approx(weights + free * slot)
-    full = sampling_part(c, 2, settings, 8000, 0.92 * memory - weights + 1, memory)
-    assert not full.fits and "take chips with more memory" in full.said
-    long = settings.model_copy(update={"max_tokens": 10**6})
-    whole = sampling_memory(c, 2, 32768, 1)  # a response ends with the model's context
-    assert sampling_part(c, 2, long, 8000, 0.92 * memory - whole - 1, memory).said == "1 of 1,024 slots"
-    short = sampling_part(c, 2, long, 8000, 0.92 * memory - whole + 1, memory)
-    assert not short.fits and "one response of 32,768 tokens is too long for the 14.5 GiB" in short.said
+    memory, weights, position = 15.75 * GIB, 2 * BIG.parameters, 36 * 2 * 2 * 128 * 2
+    logits = 3 * 4 * BIG.vocab_size  # of a slot
+    length = 4288  # a prompt of 256 and 4,000 tokens, in pages of 64
+    part = sampling_on(BIG)
+    assert part.fits and 0.92 * memory - 64 * position < part.memory <= 0.92 * memory  # all that there is, in pages
+    slots, longest = map(int, re.fullmatch(r"(\d+) slots, room for (\d+) of the longest responses", part.said).groups())
+    prompts = 8 * 256 * position
+    assert longest == (0.92 * memory - weights - prompts - slots * logits) // (64 * position) * 64 // length
+    assert slots % 16 == 0 and 16 < longest < slots
+    few = sampling_on(BIG, responses=20)
+    assert few.said == "32 slots"
+    pages = 32 * 67 + 8 * 4
+    assert few.memory == weights + prompts + pages * 64 * position + 32 * logits
+    assert sampling_on(BIG, slots=30).said == "30 slots"
+    plain = sampling_on(BIG, dtype=jnp.float32, memory=31.25 * GIB)
+    room = 0.92 * 31.25 * GIB - 2 * weights
+    assert plain.said == f"{int(room // (length * 2 * position + logits)) // 16 * 16} slots"
+
+    # What does not fit: weights, or a response.
+    full = sampling_on(BIG, held=0.92 * memory - weights + 1)
+    assert not full.fits and "its weights leave no room in the 14.5 GiB" in full.said
+    assert full.memory > 0.92 * memory
+    short = sampling_on(BIG, held=0.92 * memory - weights - 2 * length * position, responses=20)
+    assert not short.fits
+    assert "one response of 4,288 tokens is too long for the 14.5 GiB that the sampler may fill: lower" in short.said
+    whole = sampling_on(BIG, max_tokens=10**6)  # a response ends with the model's context
+    assert re.fullmatch(r"\d+ slots, room for 6 of the longest responses", whole.said)
+
+
+def test_sampling_by_several_devices_together():
+    """As few of a host's as hold the weights, or as many as the config says; the responses are shared out."""
+    huge = Qwen2Config(152064, 5120, 27648, 64, 40, 8, 128)  # 32B
+    part = sampling_on(huge, chips=16, hosts=2, memory=31.25 * GIB, responses=320)
+    embedding = 152064 * 5120
+    weights = 2 * (embedding + (huge.parameters - embedding) / 4)
+    pages = (0.92 * 31.25 * GIB - weights - 80 * 3 * 4 * 152064) / (64 * 2 * 2 * 128 * 2) - 8 * 256
+    longest = int(pages // 4288)
+    assert part.fits
+    assert part.said == f"80 slots, room for {longest} of the longest responses, weights split over 4 devices"
+    alone = sampling_on(huge, chips=16, hosts=16, memory=31.25 * GIB)
+    assert not alone.fits and "take chips with more memory" in alone.said
+    assert sampling_on(BIG, chips=4, tensor=2, responses=96).said.startswith("48 slots")
+    with pytest.raises(UserError, match=r"sampling\.tensor is 4, which does not divide the 2 devices"):
+        sampling_on(BIG, chips=4, hosts=2, tensor=4)
 
 
 @pytest.fixture
@@ -108,12 +143,13 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     assert text.startswith(f"paper in {tmp_path}/paper, on v5p:2x2x1: 4 devices of 95.74 GiB, mesh.data=1 mesh.fsdp=4")
     assert "mesh is" not in text and "Does not fit" not in text
     assert rows["step"][-2:] == ["memory/device", "fits"]
-    # A GRPO step has two parts. Beside the update are two samplers' weights, beside the practice the training state and
-    # the evaluation's weights.
-    samplers = 2 * 2 * BIG.parameters
-    assert rows["train rl: update"][-2:] == [f"{4 + samplers / GIB:.1f} GiB", "yes, rows of 4,352 tokens"]
-    drawn = sampling_memory(BIG, 2, 4256, 1024) + 12 * BIG.parameters / 4 + 2 * BIG.parameters
-    assert drawn > 95.74 * GIB and re.match(r"yes, \d+ of 1,024 slots", rows["train rl: sampling"][-1])
+    # A GRPO step has two parts. Beside the practice are the weights and their moments.
+    assert rows["train rl: update"][-2:] == ["4.0 GiB", "yes, rows of 4,352 tokens"]
+    alone = sampling_on(BIG, 12 * BIG.parameters / 4, responses=5000, chips=4, memory=95.74 * GIB)
+    assert rows["train rl: sampling"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
+    # Beside the sampler's are the weights as they were loaded, split over the host's devices.
+    alone = sampling_on(BIG, 2 * BIG.parameters / 4, responses=500 * 256, chips=4, memory=95.74 * GIB)
+    assert rows["sample base on test"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
     assert rows["train pupil"][-2:] == rows["train other"][-2:] == ["4.0 GiB", "yes, rows of 6,144 tokens"]
     assert len(said) == len(peaks["batches"]) == 2, "two SFT steps are one program"
     assert peaks["batches"] == [(256, 4, 4352), (1, 4, 6144)]
@@ -127,12 +163,13 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
         ("v5e-16", ["models.pupil.sft.micro_rows=2"], 20, "pupil: set models.pupil.sft.micro_rows=1."),
         ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
         ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
-        ("v6e-8", ["models.rl.grpo.evaluate_every="], 35,
-         "rl: update: rows of about 2,816 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
+        ("v6e-8", [], 35,
+         "rl: update: rows of about 3,584 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
         ("v6e-8", ["models.rl.grpo.row_tokens=6144"], 35,
-         "rl: update: rows of about 2,816 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
+         "rl: update: rows of about 5,120 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
          "models.rl.grpo.sampling.max_tokens."),
-        ("v5e-4", [], 20, "weights, gradient and moments take 11.5 GiB and the samplers' weights 11.5 GiB, so take"),
+        ("v5e-4", ["models.rl.grpo.kl=0.1"], 40,
+         "weights, gradient and moments take 11.5 GiB and the start model's weights 1.4 GiB, so take"),
     ],
 )  # fmt: skip
 def test_what_to_change(tmp_path, peaks, name, overrides, peak, sentence):

@@ -26,6 +26,7 @@ Layout = Literal["plain", "gpu", "tpu", "interpret"]
 """`plain`, or whose kernel attends to pages; `interpret` is the GPU's, step by step on any device, for tests."""
 
 TPU_PAGES = 4  # pages that the TPU's kernel reads at once
+TPU_TABLE = 2**17  # entries of the table that it takes: half of the 1 MiB of memory for scalars
 
 
 class Place(NamedTuple):
@@ -48,6 +49,12 @@ def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
 def page_size(layout: Layout) -> int:
     """Positions of a page. Small ones share more of a prompt and waste less at a response's end; kernels like large."""
     return {"gpu": 32, "tpu": 64, "interpret": 8}[layout]
+
+
+def pages_of(positions: int, layout: Layout) -> int:
+    """Pages that a slot's row of the table has for so many positions: the TPU's kernel takes several at once."""
+    pages = -(-positions // page_size(layout))
+    return -(-pages // TPU_PAGES) * TPU_PAGES if layout == "tpu" else pages
 
 
 def stored_dim(c: Qwen2Config, layout: Layout) -> int:
@@ -89,12 +96,12 @@ def insert_pages(layer, prompt_layer, source, to):
     return tuple(put(old, new) for old, new in zip(layer, prompt_layer, strict=True))
 
 
-def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
+def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place, cores: int = 1):
     """Write the newest key and value of each slot, and attend to all there is up to it.
 
     qkv: [slots, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions. → (the layer's cache, [slots, heads * head_dim]). For the GPU's kernel both have a leading axis of parts,
-    see `gpu.product`.
+    positions; cores: of a TPU's chip, which work as one device. → (the layer's cache, [slots, heads * head_dim]).
+    For the GPU's kernel both have a leading axis of parts, see `gpu.product`.
     """
     keys, values = layer
     if layout in ("gpu", "interpret"):
@@ -107,7 +114,7 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[1]) // 2], axis=1)
     q, k, v = rotate(q, rope), rotate(k, rope).astype(keys.dtype), v.astype(values.dtype)
     if layout == "tpu":
-        return _attend_tpu(layer, q, k, v, place)
+        return _attend_tpu(layer, q, k, v, place, cores)
     slot = jnp.arange(slots)
     how = {"unique_indices": True, "mode": "promise_in_bounds"}
     keys = keys.at[slot, :, :, place.position].set(k, **how)
@@ -124,23 +131,29 @@ def _attend_plain(q, keys, values, lengths):
     return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values).reshape(slots, heads * dim)
 
 
-def _attend_tpu(layer, q, k, v, place: Place):
+def _attend_tpu(layer, q, k, v, place: Place, cores: int):
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     keys, values = layer
-    pages, size, stored = keys.shape[1:]
+    kv_heads, pages, size, stored = keys.shape
     slots, heads, dim = q.shape
     page = jnp.take_along_axis(place.table, place.position[:, None] // size, axis=1)[:, 0]
-    page = jnp.where(place.live, page, pages)  # out of range: dropped
-    offset = place.position % size
+    row = jnp.arange(kv_heads)[:, None] * (pages * size) + page * size + place.position % size
+    row = jnp.where(place.live, row, kv_heads * pages * size).reshape(-1)  # out of range: dropped
 
     def put(old, new):  # [kv_heads, pages, size, stored], [slots, kv_heads, dim]
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, stored - dim))).swapaxes(0, 1)
-        return old.at[:, page, offset].set(new, mode="drop")
+        new = jnp.pad(new, ((0, 0), (0, 0), (0, stored - dim))).swapaxes(0, 1).reshape(-1, stored)
+        # By rows of the whole pool: with several dimensions to index the compiler would copy it into another layout.
+        return old.reshape(-1, stored).at[row].set(new, mode="drop").reshape(old.shape)
 
     keys, values = put(keys, k), put(values, v)
-    q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)  # the kernel does not scale
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, stored - dim)))
+    # The kernel does not scale, and sums in the queries' dtype.
+    query = jnp.pad(q.astype(jnp.float32) * dim**-0.5, ((0, 0), (0, 0), (0, stored - dim)))
     lengths = jnp.where(place.live, place.position + 1, 1)
-    out = paged_attention(q, keys, values, lengths, place.table, pages_per_compute_block=TPU_PAGES)
-    return (keys, values), out[..., :dim].reshape(slots, heads * dim)
+    how = {"pages_per_compute_block": TPU_PAGES, "megacore_mode": "batch" if cores == 2 and slots % 2 == 0 else None}
+    some = TPU_TABLE // place.table.shape[1] // 2 * 2
+    out = [
+        paged_attention(query[i : i + some], keys, values, lengths[i : i + some], place.table[i : i + some], **how)
+        for i in range(0, slots, some)
+    ]
+    return (keys, values), jnp.concatenate(out)[..., :dim].reshape(slots, heads * dim).astype(q.dtype)

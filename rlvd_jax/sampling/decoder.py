@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from rlvd_jax.errors import UserError
-from rlvd_jax.qwen2.attention import attend
+from rlvd_jax.qwen2 import attention
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate, swiglu
 from rlvd_jax.qwen2.weights import by_path
@@ -113,7 +113,7 @@ def logits(c: Qwen2Config, tensor: int, weights, hidden):
     return jax.lax.all_gather(out, AXIS, axis=1, tiled=True) if split else out
 
 
-def prefill(c: Qwen2Config, tensor: int, weights, tokens, lengths):
+def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, lengths):
     """Run prompts. tokens: [prompts, time] int32, padded at the right; lengths: [prompts] int32.
 
     → keys and values of each layer, [prompts, time, kv_heads, head_dim]
@@ -122,6 +122,9 @@ def prefill(c: Qwen2Config, tensor: int, weights, tokens, lengths):
     segments = (at < lengths[:, None]).astype(jnp.int32)
     rope = rope_table(at, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
+    # The plain form, which `attention.attend` would take on one device of a TPU, holds the scores of all pairs.
+    kernel = layout == "tpu" and tokens.shape[1] >= attention.LANES
+    attend = attention.splash if kernel else attention.attend
     x = weights["embedding"][tokens]
     layers = []
     for w in weights["layers"]:
@@ -135,10 +138,13 @@ def prefill(c: Qwen2Config, tensor: int, weights, tokens, lengths):
     return layers
 
 
-def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place):
+def step(
+    c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place, cores: int = 1
+):
     """One token for every slot: write its key and value into the cache, attend to what is there.
 
-    layers: the cache (cache.py); tokens: [slots] int32. → (cache, hidden states [slots, hidden]).
+    layers: the cache (cache.py); tokens: [slots] int32; cores: see `cache.attend`. → (cache, hidden states [slots,
+    hidden]).
     """
     rope = rope_table(place.position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
@@ -158,7 +164,7 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
         return new, add_norm(x, y, weights["final_norm"])[1][0]
     for w, layer in zip(weights["layers"], layers, strict=True):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
-        layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place)
+        layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place, cores)
         new.append(layer)
         x = _after_attention(c, w, x, out, tensor)
     return new, rms_norm(x, weights["final_norm"], c.rms_norm_eps)

@@ -36,12 +36,10 @@ from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.books import Group, Plan
+from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model
 from rlvd_jax.sampling.slots import LOG
 
-PREFILL = 8  # prompts that a device prefills at once
-MAX_SLOTS = {"plain": 1024, "tpu": 1024, "gpu": 2048, "interpret": 1024}
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
-WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +67,6 @@ class Completion:
     logprobs: np.ndarray
     """float32 [length]: of each token, under the unfiltered distribution at the sampling temperature."""
     stop: Literal["end", "length"]
-
-
-def bucket(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and `least`: bounds how many shapes are compiled."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def sizes(slots: int, paged: bool) -> list[int]:
@@ -106,10 +99,8 @@ class Sampler:
         self.config, self.settings, self.dtype = config, settings, jnp.dtype(dtype)
         self.devices = list(devices or jax.local_devices())
         self.layout = layout or kv.choose_layout(config, self.dtype, self.devices[0].platform)
-        tensor = settings.tensor or self._tensor()
-        if len(self.devices) % tensor:
-            raise UserError(f"sampling.tensor is {tensor}, which does not divide the {len(self.devices)} devices here")
-        decoder.check_split(config, tensor)
+        limit = (self.devices[0].memory_stats() or {}).get("bytes_limit")
+        tensor = devices_of_model(config, settings, self.dtype.itemsize, limit, len(self.devices))
         shape = len(self.devices) // tensor, tensor
         axes = "data", decoder.AXIS
         self.mesh = Mesh(np.array(self.devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * 2)
@@ -120,15 +111,6 @@ class Sampler:
         self.weights = None
         self.counts: dict[str, int] = {}
         """Of the last `sample`: slots at the start, steps and rounds of the devices, responses given up."""
-
-    def _tensor(self) -> int:
-        """As few devices as hold the weights and leave room for responses."""
-        limit = (self.devices[0].memory_stats() or {}).get("bytes_limit")
-        tensor, most = 1, len(self.devices)
-        size = self.config.parameters * self.dtype.itemsize
-        while limit and size / tensor > WEIGHTS_SHARE * limit and most % (2 * tensor) == 0:
-            tensor *= 2
-        return tensor
 
     def load(self, params) -> None:
         """Take weights: cast to the sampler's dtype and laid out for decoding, on each device group."""
@@ -142,46 +124,11 @@ class Sampler:
 
     def plan(self, longest_prompt: int, responses: int) -> Plan:
         """Slots and pages of each device group, for `responses` in all; UserError where memory holds none."""
-        groups = self.mesh.shape["data"]
-        most = self.settings.max_tokens
-        length = -(-(bucket(longest_prompt) + most) // 64) * 64 if most > 64 else bucket(longest_prompt) + most
-        most_slots = self.settings.slots or MAX_SLOTS[self.layout]
-        wanted = min(-(-responses // groups), most_slots)
-        wanted = min(-(-wanted // 16) * 16, most_slots)
-        free = np.inf
         stats = self.devices[0].memory_stats() or {}
-        if "bytes_limit" in stats:
-            free = 0.92 * stats["bytes_limit"] - stats["bytes_in_use"]
-        heads = decoder.kv_heads(self.config, self.program.tensor) / self.config.num_key_value_heads
-        position = kv.position_bytes(self.config, self.layout, self.dtype.itemsize) * heads / self.program.tensor
-        # Logits in float32, and what the filters make of them.
-        work = 6 * 4 * self.config.vocab_size
-        least, size = length * position + work, length
-        if self.layout != "plain":
-            # The prompts of a prefill and of the responses in flight, and one response to its end.
-            size = kv.page_size(self.layout)
-            least = (2 * length + PREFILL * bucket(longest_prompt, size)) * position + work
-            free -= PREFILL * bucket(longest_prompt, size) * position
-        if free < least:
-            raise UserError(
-                f"sampling.max_tokens: one response of {length} positions needs {least / 2**30:.1f} GiB, "
-                f"but only {free / 2**30:.1f} GiB of device memory are free; lower max_tokens"
-            )
-        if self.layout == "plain":
-            each = length * position + work
-        else:
-            # A slot is worth having where there is room for a short response; the pool does the rest.
-            each = min(length, 256) * position + work
-            free -= 2 * length * position
-        if free < wanted * each:
-            held = max(1, int(free // each))
-            wanted = held if held < 16 else held // 16 * 16
-        if self.layout == "plain":
-            return Plan(wanted, length, 0)
-        pages = -(-length // size) * wanted + -(-bucket(longest_prompt) // size) * PREFILL
-        if free < np.inf:
-            pages = min(pages, int((free + 2 * length * position - wanted * work) // (size * position)))
-        return Plan(wanted, length, pages)
+        free = SHARE * stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else np.inf
+        c, itemsize, tensor = self.config, self.dtype.itemsize, self.program.tensor
+        demand = Demand(c, self.settings, self.layout, itemsize, tensor, longest_prompt)
+        return demand.plan(-(-responses // self.mesh.shape["data"]), free)
 
     def sample(self, requests: Sequence[Request], seed: int) -> Iterator[Completion]:
         """Yield a completion for each sample of each request; `seed` is any integer of up to 64 bits.
@@ -254,9 +201,7 @@ class _Run:
         self.s, self.p, self.requests, self.slots = sampler, sampler.program, requests, plan.slots
         self.paged = sampler.layout != "plain"
         self.size = kv.page_size(sampler.layout) if self.paged else plan.length
-        width = -(-plan.length // self.size)  # pages of the longest response
-        if sampler.layout == "tpu":
-            width = -(-width // kv.TPU_PAGES) * kv.TPU_PAGES
+        width = kv.pages_of(plan.length, sampler.layout) if self.paged else 1
         self.length = plan.length
         self.sizes = sizes(plan.slots, self.paged)
         count = sampler.mesh.shape["data"]

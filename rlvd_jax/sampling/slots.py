@@ -89,7 +89,7 @@ def _mapped(p: Program, run, in_specs, out_specs):
 @partial(jax.jit, static_argnums=0)
 def prefill(p: Program, weights, tokens, lengths):
     """Keys and values of prompts; tokens: [prompts, time], lengths: [prompts], split over `data`."""
-    run = partial(decoder.prefill, p.config, p.tensor)
+    run = partial(decoder.prefill, p.config, p.tensor, p.layout)
     specs = decoder.specs(p.config, p.tensor), P("data"), P("data")
     return _mapped(p, run, specs, P("data", None, decoder.AXIS))(weights, tokens, lengths)
 
@@ -173,7 +173,8 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     table: [slots, pages of a slot]; ends: end tokens; steps: [] int32, at most LOG; span: see `cache.Place`.
     → (cache, slots, tokens and log-probabilities [LOG, slots] of the steps taken).
     """
-    platform = p.mesh.devices.flat[0].platform
+    chip = p.mesh.devices.flat[0]
+    cores = getattr(chip, "num_cores", 1)  # two on v4 and v5p, which count as one device
 
     def run(weights, layers, slots: Slots, table, ends, wake, steps):
         def going(carry):
@@ -184,11 +185,11 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
             taken, layers, s, tokens, logprobs = carry
             live = ~s.done
             place = kv.Place(s.position, live, table, span)
-            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place, cores)
             with jax.named_scope("draw"):
                 scores = decoder.logits(p.config, p.tensor, weights, hidden)
                 key = _fold(s.key, s.produced)
-                token, logprob = draw(scores, key, p.temperature, p.top_k, p.top_p, platform)
+                token, logprob = draw(scores, key, p.temperature, p.top_k, p.top_p, chip.platform)
             # A slot that is done keeps drawing, since all slots step together; nobody reads what it draws.
             produced = s.produced + live
             ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
