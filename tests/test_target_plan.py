@@ -86,7 +86,7 @@ def test_sampling():
     assert sampling_on(BIG, slots=30).said == "30 slots"
     plain = sampling_on(BIG, dtype=jnp.float32, memory=31.25 * GIB)
     room = 0.92 * 31.25 * GIB - 2 * weights
-    assert plain.said == f"{int(room // (length * 2 * position + logits)) // 16 * 16} slots"
+    assert plain.said == f"{int(room // (length * 2 * position + 2 * logits)) // 16 * 16} slots"
 
     # What does not fit: weights, or a response.
     full = sampling_on(BIG, held=0.92 * memory - weights + 1)
@@ -164,9 +164,9 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
         ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
         ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
         ("v6e-8", [], 35,
-         "rl: update: rows of about 3,584 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
+         "rl: update: rows of about 3,712 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
         ("v6e-8", ["models.rl.grpo.row_tokens=6144"], 35,
-         "rl: update: rows of about 5,120 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
+         "rl: update: rows of about 5,248 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
          "models.rl.grpo.sampling.max_tokens."),
         ("v5e-4", ["models.rl.grpo.kl=0.1"], 40,
          "weights, gradient and moments take 11.5 GiB and the start model's weights 1.4 GiB, so take"),
