@@ -42,6 +42,8 @@ class Loaded:
     directory: Path
     template: str
     end_tokens: tuple[int, ...]
+    sampler: Sampler | None = None
+    """Holds the weights from the first draws on; `model` is abstract then."""
 
     def decode(self, tokens: np.ndarray) -> str:
         return tokenizer.decode(self.tokenizer, [tokens])[0]
@@ -138,8 +140,12 @@ class Work:
         mine = [(p, prompt, samples) for p, prompt, samples in shares if samples]
         asked = [p for p, _, _ in mine]
         requests = [Request(prompt, prompts.question_key(p.id), samples) for p, prompt, samples in mine]
-        sampler = self.sampler(loaded, self.config.model_sampling(step.model))
-        sampler.load(nnx.state(loaded.model, nnx.Param))
+        if not loaded.sampler:
+            loaded.sampler = self.sampler(loaded, self.config.model_sampling(step.model))
+            loaded.model, params = self._give_up(loaded)
+            loaded.sampler.load(params)
+            del params  # the sampler's copy is enough
+        sampler = loaded.sampler
         if hosts.count() > 1:
             hosts.from_first(there.start_writing)
             there.share_writing(hosts.index(), hosts.count())

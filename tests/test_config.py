@@ -43,7 +43,15 @@ def refused(tmp_path, *overrides, text=STUDY) -> str:
 
 
 def test_the_defaults_are_the_papers():
-    a12 = {"samples": 256, "temperature": 0.9, "top_k": 50, "top_p": 1.0, "max_tokens": 4000, "slots": None}
+    a12 = {
+        "samples": 256,
+        "temperature": 0.9,
+        "top_k": 50,
+        "top_p": 1.0,
+        "max_tokens": 4000,
+        "slots": None,
+        "tensor": None,
+    }
     assert SamplingConfig().model_dump() == a12
     grpo = GRPOConfig(start="base", problems="train").model_dump()
     table6 = {

@@ -27,9 +27,9 @@ PARTS = 4  # that a small batch's matrix products are split into
 
 
 def parts_of(rows: int) -> int:
-    """Into how many a product's sum is split so that few rows still occupy the whole chip. The kernel that reads the
-    product adds the parts up, which costs it next to nothing."""
-    return PARTS if rows <= 512 else 1
+    """Into how many a product's sum is split so that few rows still occupy the whole chip (fewer still are bound by
+    reading the weights). The kernel that reads the product adds the parts up, which costs it next to nothing."""
+    return PARTS if 128 <= rows <= 512 else 1
 
 
 def product(h, w):

@@ -1,0 +1,114 @@
+"""The sampler's kernels for GPUs against plain arithmetic: on a GPU as they run there, elsewhere step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_filters import exact, p_value
+
+from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
+from rlvd_jax.sampling import filters, gpu
+
+INTERPRET = jax.default_backend() != "gpu"
+PAGE = 16
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), dtype)
+
+
+def attended(qkv, bias, rope, position, table, keys, values, heads):
+    """(output, keys, values) as `gpu.attend` should have them, one slot after the other, in float64."""
+    kv_heads, _, _, dim = keys.shape
+    keys, values = np.array(keys), np.array(values)
+    x = (qkv.sum(axis=0).astype(bias.dtype) + bias).reshape(qkv.shape[1], -1, dim)
+    q, k = rotate(x[:, :heads], rope), rotate(x[:, heads : heads + kv_heads], rope)
+    out = np.zeros((len(position), heads * dim))
+    live = [s for s, p in enumerate(position) if p >= 0]
+    for s in live:
+        page, offset = table[s, position[s] // PAGE], position[s] % PAGE
+        keys[:, page, offset], values[:, page, offset] = k[s], x[s, heads + kv_heads :]
+    for s in live:
+        index = np.arange(position[s] + 1)
+        rows = np.array(table)[s, index // PAGE], index % PAGE
+        past_k, past_v = (np.float64(c[:, *rows]) for c in (keys, values))  # [kv_heads, time, dim]
+        scores = np.einsum("kgd,ktd->kgt", np.float64(q[s]).reshape(kv_heads, -1, dim), past_k) * dim**-0.5
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        out[s] = np.einsum("kgt,ktd->kgd", weights, past_v).ravel()
+    return out, keys, values
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, parts, splits",
+    [(12, 2, 128, 1, 1), (14, 2, 64, 2, 1), (12, 2, 128, 4, 3), (16, 2, 128, 1, None)],
+)
+def test_attention(heads, kv_heads, dim, parts, splits):
+    """Responses of several lengths that share a page, at a page's edge, at their first token, and an idle slot."""
+    slots, pages = 6, 60
+    dtype = jnp.bfloat16
+    keys, values = (normal(kv_heads, pages, PAGE, dim, seed=i, dtype=dtype) for i in (1, 2))
+    table = jnp.asarray(np.random.RandomState(3).permutation(pages)[: slots * 10].reshape(slots, 10), jnp.int32)
+    table = table.at[1, 0].set(table[0, 0])
+    position = jnp.array([40, 17, -1, 159, 64, 0], jnp.int32)
+    rope = rope_table(position, dim, 1e4)
+    qkv = normal(parts, slots, (heads + 2 * kv_heads) * dim, seed=4, dtype=dtype if parts == 1 else jnp.float32)
+    bias = normal((heads + 2 * kv_heads) * dim, seed=5, dtype=dtype)
+    arguments = qkv, bias, rope, position, table
+    expected, new_keys, new_values = attended(*arguments, keys, values, heads)
+    out, *new = gpu.attend(*arguments, keys, values, heads=heads, parts=parts, splits=splits, interpret=INTERPRET)
+    assert out.shape == (parts, slots, heads * dim // parts)
+    out = np.float64(out.swapaxes(0, 1).reshape(slots, -1))
+    live = np.array(position) >= 0
+    np.testing.assert_allclose(out[live], expected[live], atol=0.02, rtol=0.02)
+    assert np.isfinite(out).all()
+    written = {(int(table[s, p // PAGE]), int(p % PAGE)) for s, p in enumerate(position) if p >= 0}
+    for ours, theirs, before in zip(new, (new_keys, new_values), (keys, values), strict=True):
+        ours = np.float32(ours)
+        np.testing.assert_allclose(ours, np.float32(theirs), atol=0.01, rtol=0.01)  # XLA may round once for our twice
+        changed = np.nonzero((ours != np.float32(before)).any(axis=(0, 3)))
+        assert set(zip(*(x.tolist() for x in changed), strict=True)) == written
+
+
+def test_adding_and_norm():
+    x, weight = normal(5, 96, dtype=jnp.bfloat16), normal(96, seed=1, dtype=jnp.bfloat16)
+    for y, parts in ((normal(1, 5, 96, seed=2, dtype=jnp.bfloat16), 1), (normal(4, 5, 96, seed=2), 3)):
+        total, norm = gpu.add_norm(x, y, weight, 1e-6, parts=parts, interpret=INTERPRET)
+        expected = x + y.astype(jnp.float32).sum(axis=0).astype(x.dtype)
+        np.testing.assert_array_equal(np.float32(total), np.float32(expected))
+        assert norm.shape == (parts, 5, 96 // parts)
+        expected = np.float32(rms_norm(expected, weight, 1e-6))
+        np.testing.assert_allclose(np.float32(norm.swapaxes(0, 1).reshape(5, 96)), expected, rtol=0.01)
+
+
+def test_products_in_parts():
+    h, w = normal(3, 64), normal(64, 24, seed=1)
+    for parts in (1, 4):
+        product = gpu.product(gpu.split(h, parts), w)
+        assert product.shape == (parts, 3, 24)
+        np.testing.assert_allclose(product.sum(axis=0), h @ w, atol=1e-4)
+    assert [gpu.parts_of(n) for n in (16, 256, 2048)] == [1, gpu.PARTS, 1]
+
+
+@pytest.mark.parametrize("k", [1, 7, 39, 50, 64])
+def test_the_draw_is_that_of_the_filters(k):
+    """The very tokens, also where logits are equal at the boundary or everywhere."""
+    logits = 3 * normal(6, 5003)
+    logits = logits.at[1].set(jnp.round(logits[1])).at[2].set(0.0).at[3, ::2].set(-1e9)
+    keys = jnp.asarray(np.random.RandomState(1).randint(0, 2**32, (6, 2), dtype=np.uint32))
+    tokens, logprobs = filters.draw(logits, keys, 0.9, k, 1.0)
+    ours, our_logprobs = gpu.draw(logits, keys, 0.9, k, interpret=INTERPRET)
+    np.testing.assert_array_equal(ours, tokens)
+    np.testing.assert_allclose(our_logprobs, logprobs, atol=1e-5)
+
+
+def test_the_draw_follows_the_filtered_softmax():
+    number, vocab = (100_000, 4096) if not INTERPRET else (1500, 4096)
+    row = np.float32(3 * np.random.RandomState(2).standard_normal(vocab))
+    keys = jnp.asarray(np.random.RandomState(3).randint(0, 2**32, (number, 2), dtype=np.uint32))
+    tokens, _ = jax.jit(
+        lambda keys: gpu.draw(jnp.broadcast_to(row, (number, vocab)), keys, 0.9, 12, interpret=INTERPRET)
+    )(keys)
+    counts = np.bincount(tokens, minlength=vocab)
+    assert p_value(counts, exact(row, 0.9, 12, 1.0)) > 1e-4
+    assert p_value(counts, exact(row, 1.3, 12, 1.0)) < 1e-4
