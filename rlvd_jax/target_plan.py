@@ -79,21 +79,30 @@ def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, shards: int) -> 
 
 
 def sampling_part(
-    c: Qwen2Config, dtype, sampling: SamplingConfig, responses: int, held: float, target: targets.Target
+    c: Qwen2Config,
+    dtype,
+    sampling: SamplingConfig,
+    responses: int,
+    target: targets.Target,
+    *,
+    held: float = 0,
+    loaded: float = 0,
 ) -> Part:
-    """Of drawing so many responses on all devices of a target, `held` bytes of each of which something else takes."""
+    """Of drawing so many responses on all devices of a target. held: bytes of each that something else takes; loaded:
+    those that something else takes until the sampler has its weights."""
     here = len(target.devices) // target.hosts
     tensor = devices_of_model(c, sampling, dtype.itemsize, target.memory, here)
     demand = Demand(c, sampling, choose_layout(c, dtype, "tpu"), dtype.itemsize, tensor, PROMPT)
     held += weight_bytes(c, dtype.itemsize, tensor)
     free = SHARE * target.memory - held
-    if free < demand.least:
+    least = max(demand.least, loaded)
+    if free < least:
         share = f"{size(SHARE * target.memory)} that the sampler may fill"
-        if free < demand.least / 8:
+        if free < max(demand.least / 8, loaded):
             said = f"its weights leave no room in the {share}: take chips with more memory"
         else:
             said = f"one response of {demand.length:,} tokens is too long for the {share}: lower sampling.max_tokens"
-        return Part(held + demand.least, False, said)
+        return Part(held + least, False, said)
     plan = demand.plan(-(-responses * tensor // len(target.devices)), free)
     said = f"{plan.slots:,} slots"
     if plan.pages:
@@ -121,8 +130,8 @@ class TargetPlan:
         if step.kind == "respond":
             left = sum(len(s) for s in self.study.missing(step).values())
             sampling = config.model_sampling(step.model)
-            held = itemsize * c.parameters * self.target.hosts / len(self.target.devices)  # as loaded
-            return {step.name: sampling_part(c, self.dtype, sampling, left, held, self.target)}
+            loaded = itemsize * c.parameters * self.target.hosts / len(self.target.devices)
+            return {step.name: sampling_part(c, self.dtype, sampling, left, self.target, loaded=loaded)}
         grpo = config.models[step.model].grpo
         if not grpo:
             return {step.name: self.update(step.model, c, 0)}
@@ -134,7 +143,7 @@ class TargetPlan:
         held = 12 * c.parameters / self.split + start
         most = max(grpo.questions * grpo.samples, evaluated * grpo.evaluate_samples)
         sampling = config.model_sampling(step.model, grpo.sampling)
-        drawn = sampling_part(c, self.dtype, sampling, most, held, self.target)
+        drawn = sampling_part(c, self.dtype, sampling, most, self.target, held=held)
         return {f"{step.name}: update": update, f"{step.name}: sampling": drawn}
 
     def update(self, model: str, c: Qwen2Config, held: float) -> Part:

@@ -388,7 +388,7 @@ def test_slots_that_fit_in_memory():
     """Whole sixteens where there is room, no more than asked for or needed, and a sentence where none fits."""
     config = dataclasses.replace(TIED, max_position_embeddings=512)
     # A prompt of up to 128 and 80 tokens, in whole 64s.
-    each = 256 * TIED.cache_bytes(4) + 3 * 4 * TIED.vocab_size
+    each = 256 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size
 
     def plan(responses, slots=None, room=None, devices=1, layout="plain"):
         settings = SETTINGS.model_copy(update={"slots": slots})
@@ -415,7 +415,7 @@ def test_slots_that_fit_in_memory():
     assert most.pages == 1024 * 256 // 8 + sampler_module.PREFILL * 128 // 8
     tight = plan(5000, room=40.5, layout="interpret")
     assert tight.slots > 16
-    used = tight.pages * 8 * TIED.cache_bytes(4) + tight.slots * 3 * 4 * TIED.vocab_size
+    used = tight.pages * 8 * TIED.cache_bytes(4) + tight.slots * 6 * 4 * TIED.vocab_size
     prefilled = sampler_module.PREFILL * 128 * TIED.cache_bytes(4)
     assert 0.8 * 40.5 * each < used + prefilled <= 40.5 * each + 10
     with pytest.raises(UserError, match="lower max_tokens"):

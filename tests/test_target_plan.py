@@ -62,11 +62,11 @@ def test_the_largest_batch_of_an_update():
     assert largest_batch(sft, 40000, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
 
 
-def sampling_on(c, held=0.0, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=15.75 * GIB, **settings):
+def sampling_on(c, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=15.75 * GIB, taken=None, **settings):
     target = targets.Target("v5e", (None,) * chips, memory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets.Target, "hosts", hosts)
-        return sampling_part(c, jnp.dtype(dtype), SamplingConfig(**settings), responses, held, target)
+        return sampling_part(c, jnp.dtype(dtype), SamplingConfig(**settings), responses, target, **(taken or {}))
 
 
 def test_sampling():
@@ -86,13 +86,17 @@ def test_sampling():
     assert sampling_on(BIG, slots=30).said == "30 slots"
     plain = sampling_on(BIG, dtype=jnp.float32, memory=31.25 * GIB)
     room = 0.92 * 31.25 * GIB - 2 * weights
-    assert plain.said == f"{int(room // (length * 2 * position + logits)) // 16 * 16} slots"
+    assert plain.said == f"{int(room // (length * 2 * position + 2 * logits)) // 16 * 16} slots"
 
     # What does not fit: weights, or a response.
-    full = sampling_on(BIG, held=0.92 * memory - weights + 1)
+    full = sampling_on(BIG, taken={"held": 0.92 * memory - weights + 1})
     assert not full.fits and "its weights leave no room in the 14.5 GiB" in full.said
     assert full.memory > 0.92 * memory
-    short = sampling_on(BIG, held=0.92 * memory - weights - 2 * length * position, responses=20)
+    # Beside the sampler's are the weights as they were loaded, for a while.
+    once = {"loaded": 0.92 * memory - weights}
+    assert sampling_on(BIG, taken=once) == part
+    assert "take chips with more memory" in sampling_on(BIG, taken={"loaded": once["loaded"] + 1}).said
+    short = sampling_on(BIG, taken={"held": 0.92 * memory - weights - 2 * length * position}, responses=20)
     assert not short.fits
     assert "one response of 4,288 tokens is too long for the 14.5 GiB that the sampler may fill: lower" in short.said
     whole = sampling_on(BIG, max_tokens=10**6)  # a response ends with the model's context
@@ -145,10 +149,10 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     assert rows["step"][-2:] == ["memory/device", "fits"]
     # A GRPO step has two parts. Beside the practice are the weights and their moments.
     assert rows["train rl: update"][-2:] == ["4.0 GiB", "yes, rows of 4,352 tokens"]
-    alone = sampling_on(BIG, 12 * BIG.parameters / 4, responses=5000, chips=4, memory=95.74 * GIB)
+    taken = {"held": 12 * BIG.parameters / 4}
+    alone = sampling_on(BIG, taken=taken, responses=5000, chips=4, memory=95.74 * GIB)
     assert rows["train rl: sampling"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
-    # Beside the sampler's are the weights as they were loaded, split over the host's devices.
-    alone = sampling_on(BIG, 2 * BIG.parameters / 4, responses=500 * 256, chips=4, memory=95.74 * GIB)
+    alone = sampling_on(BIG, responses=500 * 256, chips=4, memory=95.74 * GIB)
     assert rows["sample base on test"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
     assert rows["train pupil"][-2:] == rows["train other"][-2:] == ["4.0 GiB", "yes, rows of 6,144 tokens"]
     assert len(said) == len(peaks["batches"]) == 2, "two SFT steps are one program"
@@ -164,9 +168,9 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
         ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
         ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
         ("v6e-8", [], 35,
-         "rl: update: rows of about 3,584 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
+         "rl: update: rows of about 3,712 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
         ("v6e-8", ["models.rl.grpo.row_tokens=6144"], 35,
-         "rl: update: rows of about 5,120 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
+         "rl: update: rows of about 5,248 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
          "models.rl.grpo.sampling.max_tokens."),
         ("v5e-4", ["models.rl.grpo.kl=0.1"], 40,
          "weights, gradient and moments take 11.5 GiB and the start model's weights 1.4 GiB, so take"),

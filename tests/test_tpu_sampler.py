@@ -1,0 +1,231 @@
+"""The sampler compiled for TPUs that are not here: memory is as reckoned, attention is the kernel that reads pages, and
+tokens are written into the pool where it lies. What the kernel computes is tested step by step on a CPU."""
+
+import dataclasses
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_sampler import TIED, forced, run, some_requests
+from tiny_qwen2 import params_of, random_model
+
+from rlvd_jax import targets
+from rlvd_jax.config import SamplingConfig
+from rlvd_jax.qwen2 import Qwen2, Qwen2Config
+from rlvd_jax.qwen2.layers import rope_table
+from rlvd_jax.sampling import Sampler, cache, decoder
+from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, weight_bytes
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
+)
+QWEN = {  # vocabulary, hidden, MLP, layers, query heads, key-value heads, head's size
+    "0.5B": Qwen2Config(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True),
+    "1.5B": Qwen2Config(151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True),
+    "3B": Qwen2Config(151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True),
+    "7B": Qwen2Config(152064, 3584, 18944, 28, 28, 4, 128),
+    "32B": Qwen2Config(152064, 5120, 27648, 64, 40, 8, 128),
+}
+PROMPT = 256
+SPLIT, WHOLE = P("data"), P()
+
+
+class Programs:
+    """The sampler's programs on the first `tensor` devices of a slice, with as many slots and pages as they hold."""
+
+    def __init__(self, size, name, tensor, layers, **settings):
+        self.target = targets.find(name)
+        c = QWEN[size]
+        self.c = c = dataclasses.replace(c, num_hidden_layers=layers or c.num_hidden_layers)
+        settings = SamplingConfig(**settings)
+        self.devices = self.target.devices[:tensor]
+        self.mesh = Mesh(
+            np.array(self.devices).reshape(1, tensor), ("data", decoder.AXIS), axis_types=(AxisType.Auto,) * 2
+        )
+        layout = cache.choose_layout(c, jnp.bfloat16, self.devices[0].platform)
+        self.p = p = device.Program(
+            self.mesh, c, layout, settings.temperature, settings.top_k, settings.top_p, jnp.dtype(jnp.bfloat16)
+        )
+        self.demand = Demand(c, settings, layout, 2, tensor, PROMPT)
+        free = SHARE * self.target.memory - weight_bytes(c, 2, tensor)
+        self.plan = self.demand.plan(100_000, free)
+
+        model = nnx.eval_shape(lambda: Qwen2(c, param_dtype=jnp.bfloat16))
+        weights = jax.eval_shape(device.decode_weights(p), nnx.state(model, nnx.Param))
+        specs = jax.tree.leaves(decoder.specs(c, tensor), is_leaf=lambda x: isinstance(x, P))
+        leaves, tree = jax.tree.flatten(weights)
+        self.weights = tree.unflatten([self.like(x, spec) for x, spec in zip(leaves, specs, strict=True)])
+        pool, slots = jax.eval_shape(device.empty, p, self.plan.slots, self.plan.pages)
+        self.pool = jax.tree.map(lambda x: self.like(x, p.cache_spec), pool)
+        self.slots = jax.tree.map(lambda x: self.like(x, SPLIT), slots)
+
+    def like(self, x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def int32(self, *shape, spec=SPLIT):
+        return self.like(jax.ShapeDtypeStruct(shape, jnp.int32), spec)
+
+    def bytes(self, tree):
+        """On each device."""
+        return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    def decode(self):
+        table = self.int32(self.plan.slots, cache.pages_of(self.plan.length, self.p.layout))
+        rest = table, self.int32(2, spec=WHOLE), self.int32(1), self.int32(spec=WHOLE)
+        return device.decode.trace(self.p, self.plan.length, self.weights, self.pool, self.slots, *rest)
+
+    def prefill(self, time=PROMPT):
+        return device.prefill.trace(self.p, self.weights, self.int32(PREFILL, time), self.int32(PREFILL))
+
+    def insert_pages(self):
+        prompts = jax.tree.map(lambda x: self.like(x, P("data", None, decoder.AXIS)), self.prefill().out_info)
+        return device.insert_pages.trace(self.p, self.pool, prompts, self.int32(bucket(self.plan.slots, 64), 2))
+
+
+def compiled(traced, quick=True):
+    return traced.lower().compile({"optimization_level": 9} if quick else None)  # as in targets.py
+
+
+def kernels(text, name):
+    return len(re.findall(rf'%{name}\S* = .*custom_call_target="tpu_custom_call"', text))
+
+
+def assert_in_place(programs, text, memory):
+    """The pool that comes in is the one that goes out, and no part of it is copied on the way."""
+    pool = programs.bytes(programs.pool)
+    assert memory.alias_size_in_bytes >= pool
+    shape = programs.pool[0][0].sharding.shard_shape(programs.pool[0][0].shape)
+    assert f"bf16[{','.join(map(str, shape))}]" in text
+    for view in (shape, (np.prod(shape[:3]), shape[3])):
+        assert not re.search(rf"= bf16\[{','.join(map(str, view))}\]\S* (copy|transpose|copy-start)\(", text)
+
+
+def assert_decodes(programs, quick=True):
+    traced = programs.decode()
+    chip = programs.devices[0]
+    grids = re.findall(r"grid=\((\d+),", str(traced.jaxpr))
+    assert grids and set(map(int, grids)) == {chip.num_cores}, "each core of a chip attends"
+    program = compiled(traced, quick)
+    text, memory = program.as_text(), program.memory_analysis()
+    width = cache.pages_of(programs.plan.length, programs.p.layout)
+    calls = -(-programs.plan.slots // (cache.TPU_TABLE // width // 2 * 2))
+    assert kernels(text, "paged_attention") == calls * programs.c.num_hidden_layers
+    assert_in_place(programs, text, memory)
+    # What comes out beside the pool, and what the compiler puts aside, is reckoned as slots' work.
+    weights, peak = programs.bytes(programs.weights), memory.peak_memory_in_bytes
+    assert weights == pytest.approx(weight_bytes(programs.c, 2, programs.p.tensor), rel=0.01)
+    assert weights + programs.bytes(programs.pool) < peak <= weights + programs.demand.bytes(programs.plan)
+    assert peak <= 0.93 * programs.target.memory
+    assert programs.plan.slots >= 64
+    return peak
+
+
+CASES = [("1.5B", "v5p-8", 1), ("1.5B", "v6e-1", 1), ("0.5B", "v5e-1", 1), ("7B", "v5e-4", 4), ("32B", "v6e-8", 8)]
+FULL = [(*case, 4000) for case in [*CASES, ("3B", "v5p-8", 1), ("32B", "v5e-8", 8)]]
+FULL += [("1.5B", "v5e-1", 1, 32512), ("3B", "v5p-8", 1, 32512), ("7B", "v6e-4", 4, 32512)]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("size, name, tensor", CASES)
+def test_decoding(size, name, tensor):
+    """Few layers, each with more pages; without top-k, which takes the compiler most of its time."""
+    assert_decodes(Programs(size, name, tensor, layers=2, top_k=0))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Programs("1.5B", "v5e-1", 1, layers=None)
+
+
+@needs_libtpu
+def test_decoding_with_all_layers_and_top_k(whole):
+    assert assert_decodes(whole) > 0.75 * whole.target.memory
+    assert whole.plan.slots == 1024
+
+
+@needs_libtpu
+def test_prompts(whole):
+    program = compiled(whole.prefill())
+    assert kernels(program.as_text(), "splash") == whole.c.num_hidden_layers - 1
+    program = compiled(whole.insert_pages())
+    memory = program.memory_analysis()
+    assert_in_place(whole, program.as_text(), memory)
+    assert memory.temp_size_in_bytes < whole.bytes(whole.pool) / whole.c.num_hidden_layers
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("size, name, tensor, tokens", FULL)
+def test_decoding_in_full(size, name, tensor, tokens):
+    """All layers, as the compiler does it for real. Long responses have tables that the kernel takes in parts."""
+    programs = Programs(size, name, tensor, layers=None, max_tokens=tokens)
+    assert_decodes(programs, quick=False)
+    program = compiled(programs.prefill(2048), quick=False)
+    assert program.memory_analysis().peak_memory_in_bytes + programs.bytes(programs.pool) <= programs.target.memory
+
+
+# ---- what the kernel computes, on a CPU --------------------------------------------------------------------------
+
+
+def test_attention_to_pages_is_that_of_the_plain_form(monkeypatch):
+    """Responses that begin, end a page, begin one, and take several blocks of pages; an idle slot; two cores, and a
+    table that is taken in two parts."""
+    heads, kv_heads, head_dim, size, room = 6, 2, 128, cache.page_size("tpu"), 512
+    position = np.array([0, 63, 5, 64, 300, 255], np.int32)
+    live = np.array([1, 1, 0, 1, 1, 1], bool)
+    slots, pages = len(position), 20
+    draw = np.random.RandomState(0)
+    random = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    plain = random(slots, kv_heads, head_dim, room), random(slots, kv_heads, room, head_dim)
+    paged = [np.array(random(kv_heads, pages, size, head_dim)) for _ in plain]
+    table, free = np.zeros((slots, room // size), np.int32), draw.permutation(pages).tolist()
+    for slot, last in enumerate(position // size):
+        for i in range(last + 1):
+            table[slot, i] = page = free.pop()
+            part = slice(i * size, (i + 1) * size)
+            paged[0][:, page] = plain[0][slot, :, :, part].swapaxes(1, 2)
+            paged[1][:, page] = plain[1][slot, :, part]
+    rope = rope_table(jnp.asarray(position), head_dim, 1e6)
+    columns = (heads + 2 * kv_heads) * head_dim
+    rest = random(slots, columns), random(columns), rope, heads
+    place = cache.Place(jnp.asarray(position), jnp.asarray(live), jnp.asarray(table), room)
+    (keys, values), expected = cache.attend(plain, "plain", *rest, place)
+
+    monkeypatch.setattr(cache, "TPU_TABLE", 4 * table.shape[1])  # of four slots, then two
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=2)):
+        new, out = cache.attend(tuple(map(jnp.asarray, paged)), "tpu", *rest, place, cores=2)
+    difference = np.abs(np.float32(out) - np.float32(expected))[live]
+    assert difference.max() < 0.02 * np.abs(np.float32(expected)).max() and difference.mean() < 2e-3
+    # The newest of each response is written, and nothing else.
+    for slot in np.flatnonzero(live):
+        page, offset = table[slot, position[slot] // size], position[slot] % size
+        paged[0][:, page, offset] = keys[slot, :, :, position[slot]]
+        paged[1][:, page, offset] = values[slot, :, position[slot]]
+    for ours, theirs in zip(new, paged, strict=True):
+        np.testing.assert_array_equal(np.float32(ours), np.float32(theirs))
+
+
+def test_sampling_from_pages(monkeypatch):
+    """The whole sampler with the kernel, its slots refilled: log-probabilities are those of the model."""
+    monkeypatch.setattr(cache, "page_size", {"tpu": 16}.get)  # of which prompts take up to two
+    config = dataclasses.replace(TIED, num_hidden_layers=1)
+    model = random_model(config, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    settings = SamplingConfig(temperature=0.9, top_k=20, max_tokens=5, slots=4)
+    sampler = Sampler(config, settings, (), dtype=jnp.bfloat16, layout="tpu")
+    sampler.load(params_of(model))
+    requests = some_requests(samples=1, count=6)
+    pltpu.set_tpu_interpret_mode()  # for all threads
+    try:
+        completions = run(sampler, requests)
+    finally:
+        pltpu.set_tpu_interpret_mode(None)
+    error = [completions[key].logprobs - row for key, row in forced(model, requests, completions, 0.9).items()]
+    assert 1e-4 < np.abs(np.concatenate(error)).mean() < 0.02
