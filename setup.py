@@ -46,7 +46,13 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14", "jax[tpu]"],  # libtpu compiles for TPUs anywhere
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "jax[tpu]",
+        ],  # libtpu compiles for TPUs anywhere
     },
     entry_points={
         "console_scripts": ["rlvd-run=rlvd_jax.run:main", "rlvd-evaluate=rlvd_jax.evaluate:main"],

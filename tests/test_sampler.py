@@ -442,6 +442,8 @@ def test_pages_make_no_difference(model, requests, whole):
 
 def test_a_pool_that_runs_dry(model, requests, whole):
     """The youngest are given up and begun again, to the same result; all pages come back."""
+    requests = requests[3:9]
+    whole = {key: whole[key] for key in whole if key[0] in {r.question for r in requests}}
     sampler = paged(model, pages=40, slots=16)
     groups = []
     refill = sampler_module._Run._refill
@@ -476,7 +478,7 @@ ON_FOUR = """
         return run(sampler, requests)
 
     requests = pickle.load(sys.stdin.buffer)
-    for name, splits in (("tied", [("plain", 2), ("interpret", 2), ("plain", 4)]), ("untied", [("plain", 4)])):
+    for name, splits in (("tied", [("interpret", 2), ("plain", 4)]), ("untied", [("plain", 2)])):
         whole = split(name, "plain", 1, jax.devices()[:1])
         for layout, tensor in splits:
             assert_same(split(name, layout, tensor), whole)

@@ -303,6 +303,7 @@ def run_until(directory: Path, cache: Path, arguments, what: str, number) -> tup
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_a_study_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(tmp_path, whole, monkeypatch):
     tiny_study.write(tmp_path)
     models = config.load(tmp_path / "tiny.yaml").written()["models"]
