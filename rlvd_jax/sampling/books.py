@@ -113,7 +113,8 @@ class Group:
         return int(page)
 
     def end(self, slot: int) -> None:
-        """The slot is free, and its pages are; its prompt's with the last of the samples."""
+        """The slot is free, and its pages are; its prompt's with the last sample in flight, even where others wait:
+        what waits must not keep pages from what goes on."""
         request = int(self.occupant[slot, 0])
         self.occupant[slot] = -1
         if not self.paged:
@@ -122,7 +123,7 @@ class Group:
         self.pool.give(self.table[slot, len(shared.pages) : self.held[slot]])
         self.held[slot] = 0
         shared.running -= 1
-        if not shared.running and all(r != request for r, _ in self.waiting):
+        if not shared.running:
             self.pool.give(self.shared.pop(request).pages)
 
     def grow(self, steps: int) -> tuple[int, list[int]]:
