@@ -529,7 +529,12 @@ def test_main_module_without_a_guard(tmp_path):
 def test_workers_end_with_the_parent(sent):
     script = SCRIPT.replace("LENGTH", "100")
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, ROOT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, ROOT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What runs in the background of a script is started deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert [parent.stdout.readline().strip() for _ in range(2)] == ["main", "True"]
     pids = [int(pid) for pid in parent.stdout.readline().split()]
