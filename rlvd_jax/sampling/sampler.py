@@ -428,7 +428,7 @@ class _Run:
     def _wake(self, g: Group) -> int:
         """Done slots at which the device comes back: few where others wait, half where slots can become fewer."""
         free = int((~g.live).sum())
-        if self.queue or g.waiting:
-            return min(self.slots, free + max(1, self.slots // 32))
+        if self.queue or g.waiting:  # where the host's cores are the device, its visits cost more
+            return min(self.slots, free + max(1, self.slots // (32 if self.paged else 8)))
         next_size = next((n for n in self.sizes if n < self.slots), 0)
         return min(self.slots, max(self.slots - next_size, free + 1 + self.slots // 32))
