@@ -66,11 +66,13 @@ def profile(sampler: Sampler, wanted: list[Request], share: float) -> dict:
     for _ in run.rounds():  # the devices are idle here
         drawn = sum(int(g.produced.sum()) for g in run.groups)
         if tracing:
-            jax.profiler.stop_trace()
             break
         if drawn > left or run.counts["rounds"] > 24:
             jax.profiler.start_trace(folder)
             tracing = True
+    if not tracing:
+        return {"steps": 0, "kernels": []}
+    jax.profiler.stop_trace()
     spent, count = collections.Counter(), collections.Counter()
     (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
     for plane in jax.profiler.ProfileData.from_file(file).planes:
