@@ -87,7 +87,7 @@ class Programs:
 
     def insert_pages(self):
         prompts = jax.tree.map(lambda x: self.like(x, P("data", None, decoder.AXIS)), self.prefill().out_info)
-        return device.insert_pages.trace(self.p, self.pool, prompts, self.int32(bucket(self.plan.slots, 64), 2))
+        return device.insert.trace(self.p, self.pool, prompts, self.int32(bucket(self.plan.slots, 64), 2))
 
 
 def compiled(traced, quick=True):
@@ -201,7 +201,7 @@ def test_attention_to_pages_is_that_of_the_plain_form(monkeypatch):
 
     monkeypatch.setattr(cache, "TPU_TABLE", 2 * table.shape[1])  # of two slots each
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=2)):
-        new, out = cache.attend(tuple(map(jnp.asarray, paged)), "tpu", *rest, place, cores=2)
+        new, out = cache.attend(tuple(map(jnp.asarray, paged)), "tpu", *rest, place._replace(cores=2))
     difference = np.abs(np.float32(out) - np.float32(expected))[live]
     assert difference.max() < 0.02 * np.abs(np.float32(expected)).max() and difference.mean() < 2e-3
     # The newest of each response is written, and nothing else.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import glob
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
 import jax.numpy as jnp
+import traces
 import workloads
 from flax import nnx
 
@@ -73,15 +73,9 @@ def profile(sampler: Sampler, wanted: list[Request], share: float) -> dict:
     if not tracing:
         return {"steps": 0, "kernels": []}
     jax.profiler.stop_trace()
-    spent, count = collections.Counter(), collections.Counter()
-    (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    for plane in jax.profiler.ProfileData.from_file(file).planes:
-        for line in plane.lines if "GPU" in plane.name or "TPU" in plane.name else ():
-            for event in line.events if "Stream" in line.name or "XLA Ops" in line.name else ():
-                spent[event.name] += event.duration_ns
-                count[event.name] += 1
-    steps = max((n for name, n in count.items() if "attend" in name), default=0) / sampler.config.num_hidden_layers
-    return {"steps": steps, "kernels": [(name, ns / 1e6, count[name]) for name, ns in spent.most_common()]}
+    found = traces.kernels(folder)
+    steps = max((count for name, _, count in found if "attend" in name), default=0) / sampler.config.num_hidden_layers
+    return {"steps": steps, "kernels": found}
 
 
 def show(found: dict, rows: int = 24) -> None:

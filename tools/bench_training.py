@@ -10,7 +10,6 @@ recomputation not counted, over the chip's rate for a bfloat16 product, measured
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import tempfile
@@ -22,6 +21,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import traces
 import workloads
 from flax import nnx
 
@@ -126,17 +126,10 @@ def main() -> None:
             with jax.profiler.trace(folder):
                 state, metrics = compiled(state, placed)
                 jax.block_until_ready(metrics)
-            (file,) = Path(folder).rglob("*.xplane.pb")
-            spent, count = collections.Counter(), collections.Counter()
-            for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-                for line in plane.lines if "GPU" in plane.name or "TPU" in plane.name else ():
-                    for event in line.events if "Stream" in line.name or "XLA Ops" in line.name else ():
-                        spent[event.name] += event.duration_ns
-                        count[event.name] += 1
-            result["kernels"] = [(name, ns / 1e6, count[name]) for name, ns in spent.most_common()]
+            result["kernels"] = traces.kernels(folder)
             for name, ms, number in result["kernels"][:40]:
                 print(f"    {ms:8.2f} ms {number:6d}×  {name[:100]}")
-            print(f"    {sum(spent.values()) / 1e6:8.2f} ms in all", flush=True)
+            print(f"    {sum(ms for _, ms, _ in result['kernels']):8.2f} ms in all", flush=True)
         del state, compiled
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -36,6 +36,7 @@ class Place(NamedTuple):
     live: jax.Array  # [slots] bool: what the others write is lost
     table: jax.Array  # [slots, pages of a slot] int32; `plain`: not used
     span: int  # `plain`: no position at or beyond it is filled
+    cores: int = 1  # of a TPU's chip, which work as one device
 
 
 def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
@@ -74,19 +75,16 @@ def shapes(c: Qwen2Config, layout: Layout, kv_heads: int, slots: int, room: int)
     return (slots, kv_heads, c.head_dim, room), (slots, kv_heads, room, c.head_dim)
 
 
-def insert_slots(layer, prompt_layer, slot, prompt):
-    """`plain`: copy prompts into slots. prompt_layer: keys and values [prompts, time, kv_heads, head_dim]; slot,
-    prompt: [inserts]; a slot out of range is left out."""
-    k, v = (new[prompt].astype(old.dtype) for new, old in zip(prompt_layer, layer, strict=True))
-    time = k.shape[1]
-    keys, values = layer
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    return keys.at[slot, :, :, :time].set(k, mode="drop"), values.at[slot, :, :time].set(v, mode="drop")
-
-
-def insert_pages(layer, prompt_layer, source, to):
-    """`paged`: copy pages of prompts into the pool. source, to: [copies], the page among those of all prompts end to
-    end, and in the pool; one out of range there is left out."""
+def insert(layer, layout: Layout, prompt_layer, source, to):
+    """Copy prompts into the cache. prompt_layer: keys and values [prompts, time, kv_heads, head_dim]; source, to:
+    [copies]. `plain`: the prompt, and the slot; `paged`: the page among those of all prompts end to end, and in the
+    pool. One out of range there is left out."""
+    if layout == "plain":
+        k, v = (new[source].astype(old.dtype) for new, old in zip(prompt_layer, layer, strict=True))
+        time = k.shape[1]
+        keys, values = layer
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        return keys.at[to, :, :, :time].set(k, mode="drop"), values.at[to, :, :time].set(v, mode="drop")
 
     def put(old, new):  # [kv_heads, pages, page_size, dim], [prompts, time, kv_heads, head_dim]
         size, dim = old.shape[2:]
@@ -96,12 +94,12 @@ def insert_pages(layer, prompt_layer, source, to):
     return tuple(put(old, new) for old, new in zip(layer, prompt_layer, strict=True))
 
 
-def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place, cores: int = 1):
+def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     """Write the newest key and value of each slot, and attend to all there is up to it.
 
     qkv: [slots, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions; cores: of a TPU's chip, which work as one device. → (the layer's cache, [slots, heads * head_dim]).
-    For the GPU's kernel both have a leading axis of parts, see `gpu.product`.
+    positions. → (the layer's cache, [slots, heads * head_dim]). For the GPU's kernel both have a leading axis of parts,
+    see `gpu.product`.
     """
     keys, values = layer
     if layout in ("gpu", "interpret"):
@@ -114,7 +112,7 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place, cor
     q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[1]) // 2], axis=1)
     q, k, v = rotate(q, rope), rotate(k, rope).astype(keys.dtype), v.astype(values.dtype)
     if layout == "tpu":
-        return _attend_tpu(layer, q, k, v, place, cores)
+        return _attend_tpu(layer, q, k, v, place)
     slot = jnp.arange(slots)
     how = {"unique_indices": True, "mode": "promise_in_bounds"}
     keys = keys.at[slot, :, :, place.position].set(k, **how)
@@ -131,7 +129,7 @@ def _attend_plain(q, keys, values, lengths):
     return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values).reshape(slots, heads * dim)
 
 
-def _attend_tpu(layer, q, k, v, place: Place, cores: int):
+def _attend_tpu(layer, q, k, v, place: Place):
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     keys, values = layer
@@ -150,7 +148,10 @@ def _attend_tpu(layer, q, k, v, place: Place, cores: int):
     # The kernel does not scale, and sums in the queries' dtype.
     query = jnp.pad(q.astype(jnp.float32) * dim**-0.5, ((0, 0), (0, 0), (0, stored - dim)))
     lengths = jnp.where(place.live, place.position + 1, 1)
-    how = {"pages_per_compute_block": TPU_PAGES, "megacore_mode": "batch" if cores == 2 and slots % 2 == 0 else None}
+    how = {
+        "pages_per_compute_block": TPU_PAGES,
+        "megacore_mode": "batch" if place.cores == 2 and slots % 2 == 0 else None,
+    }
     some = TPU_TABLE // place.table.shape[1] // 2 * 2
     out = [
         paged_attention(query[i : i + some], keys, values, lengths[i : i + some], place.table[i : i + some], **how)

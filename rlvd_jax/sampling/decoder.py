@@ -138,13 +138,10 @@ def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, 
     return layers
 
 
-def step(
-    c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place, cores: int = 1
-):
+def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place):
     """One token for every slot: write its key and value into the cache, attend to what is there.
 
-    layers: the cache (cache.py); tokens: [slots] int32; cores: see `cache.attend`. → (cache, hidden states [slots,
-    hidden]).
+    layers: the cache (cache.py); tokens: [slots] int32. → (cache, hidden states [slots, hidden]).
     """
     rope = rope_table(place.position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
@@ -164,7 +161,7 @@ def step(
         return new, add_norm(x, y, weights["final_norm"])[1][0]
     for w, layer in zip(weights["layers"], layers, strict=True):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
-        layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place, cores)
+        layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place)
         new.append(layer)
         x = _after_attention(c, w, x, out, tensor)
     return new, rms_norm(x, weights["final_norm"], c.rms_norm_eps)

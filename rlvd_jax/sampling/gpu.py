@@ -57,7 +57,7 @@ def _added(ref, row, column, there, dtype):
 
 
 # Jitted, so that a kernel is traced once and not for every layer.
-@partial(jax.jit, static_argnames=("heads", "parts", "block", "warps", "stages", "splits", "interpret"))
+@partial(jax.jit, static_argnames=("heads", "parts", "splits", "interpret"))
 def attend(
     qkv,
     bias,
@@ -69,9 +69,6 @@ def attend(
     *,
     heads: int,
     parts: int = 1,
-    block=None,
-    warps=2,
-    stages=3,
     splits=None,
     interpret=False,
 ):
@@ -88,7 +85,7 @@ def attend(
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
-    block = block or (64 if slots * kv_heads >= 1024 else 32)
+    block = 64 if slots * kv_heads >= 1024 else 32
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
@@ -113,7 +110,7 @@ def attend(
         grid=(slots, kv_heads, splits),
         out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
         input_output_aliases={6: n, 7: n + 1},
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=3),
         interpret=interpret,
         name="attend_pages",
     )(position, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))

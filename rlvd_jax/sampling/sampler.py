@@ -125,7 +125,11 @@ class Sampler:
     def plan(self, longest_prompt: int, responses: int) -> Plan:
         """Slots and pages of each device group, for `responses` in all; UserError where memory holds none."""
         stats = self.devices[0].memory_stats() or {}
-        free = SHARE * stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else np.inf
+        free = np.inf
+        if "bytes_limit" in stats:
+            free = SHARE * stats["bytes_limit"] - stats["bytes_in_use"]
+            # In coarse steps: programs are compiled for a number of pages, and what is in use differs between calls.
+            free -= free % (stats["bytes_limit"] / 64)
         c, itemsize, tensor = self.config, self.dtype.itemsize, self.program.tensor
         demand = Demand(c, self.settings, self.layout, itemsize, tensor, longest_prompt)
         return demand.plan(-(-responses // self.mesh.shape["data"]), free)
@@ -347,8 +351,7 @@ class _Run:
         nowhere = np.iinfo(np.int32).max
         rows, copies = zip(*starts, strict=True)
         if any(copies):
-            insert = device.insert_pages if self.paged else device.insert_slots
-            self.layers = insert(self.p, self.layers, self.prompts, padded(copies, np.array([0, nowhere])))
+            self.layers = device.insert(self.p, self.layers, self.prompts, padded(copies, np.array([0, nowhere])))
         if any(rows):
             rows = padded(rows, np.array([nowhere, 0, 0, 0, 0, 0]))
             self.state = device.start(self.p, self.state, rows, self.seed)

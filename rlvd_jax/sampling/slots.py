@@ -95,24 +95,12 @@ def prefill(p: Program, weights, tokens, lengths):
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def insert_pages(p: Program, layers, prompts, copies):
-    """`paged`: copy prompts' pages into the pool. copies: [groups * n, 2], see `cache.insert_pages`."""
+def insert(p: Program, layers, prompts, copies):
+    """Copy prompts, or pages of them, into the cache. copies: [groups * n, 2], see `cache.insert`."""
 
     def run(layers, prompts, copies):
-        source, to = copies[:, 0], copies[:, 1]
-        return [kv.insert_pages(layer, new, source, to) for layer, new in zip(layers, prompts, strict=True)]
-
-    specs = p.cache_spec, P("data", None, decoder.AXIS), P("data")
-    return _mapped(p, run, specs, p.cache_spec)(layers, prompts, copies)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def insert_slots(p: Program, layers, prompts, copies):
-    """`plain`: copy prompts into slots. copies: [groups * n, 2], prompt and slot."""
-
-    def run(layers, prompts, copies):
-        prompt, slot = copies[:, 0], copies[:, 1]
-        return [kv.insert_slots(layer, new, slot, prompt) for layer, new in zip(layers, prompts, strict=True)]
+        source, to = copies.T
+        return [kv.insert(layer, p.layout, new, source, to) for layer, new in zip(layers, prompts, strict=True)]
 
     specs = p.cache_spec, P("data", None, decoder.AXIS), P("data")
     return _mapped(p, run, specs, p.cache_spec)(layers, prompts, copies)
@@ -174,7 +162,6 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     → (cache, slots, tokens and log-probabilities [LOG, slots] of the steps taken).
     """
     chip = p.mesh.devices.flat[0]
-    cores = getattr(chip, "num_cores", 1)  # two on v4 and v5p, which count as one device
 
     def run(weights, layers, slots: Slots, table, ends, wake, steps):
         def going(carry):
@@ -184,8 +171,9 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
         def body(carry):
             taken, layers, s, tokens, logprobs = carry
             live = ~s.done
-            place = kv.Place(s.position, live, table, span)
-            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place, cores)
+            # Two cores on v4 and v5p, which count as one device.
+            place = kv.Place(s.position, live, table, span, getattr(chip, "num_cores", 1))
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
             with jax.named_scope("draw"):
                 scores = decoder.logits(p.config, p.tensor, weights, hidden)
                 key = _fold(s.key, s.produced)

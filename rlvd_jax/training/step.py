@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlvd_jax import hosts
 from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
@@ -125,17 +126,16 @@ class Trainer:
     def _in_dtype(self, params):
         """Matrices in the dtype of the arithmetic, once for all that is done with them; the tables stay as they are,
         since their gradients are sums of many parts."""
-        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(self.dtype) if x.ndim == 3 else x, params)
+        return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim == 3 else x, params)
 
     def _keep(self, micro) -> bool:
-        """Whether a device has room to keep matrix products for the backward pass (`model.keep_products`)."""
-        device = self.mesh.devices.flat[0]
-        if device.platform == "cpu":
-            return True
-        try:
-            limit = device.memory_stats()["bytes_limit"]
-        except (AttributeError, KeyError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
-            return False  # a program for devices that are not here
+        """Whether a device has room to keep matrix products for the backward pass (`model.keep_products`). On TPUs none
+        are kept, so that the program is the one that `--plan --target` compiles."""
+        platform = self.mesh.devices.flat[0].platform
+        if platform != "gpu":
+            return platform == "cpu"
+        # All processes trace together, and must come to the same program.
+        limit = hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
         c, itemsize = self.config, self.dtype.itemsize
         split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
         # Weights, moments, gradient and its sum in float32; the weights and their gradient in the dtype.
