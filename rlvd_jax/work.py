@@ -211,6 +211,7 @@ class Work:
             directory=directory,
             seed=config.seed,
             profile=config.profiled,
+            save_last=config.keep_checkpoints,
             progress=self.progress,
         )
         self._finish(params, model.config, loaded.directory, directory, happened)
@@ -238,6 +239,7 @@ class Work:
             directory=directory,
             seed=self.config.seed,
             profile=self.config.profiled,
+            save_last=self.config.keep_checkpoints,
             progress=self.progress,
         )
         happened = {"step": happened["step"], **counts, "too_long": left_out, "examples": len(examples)}

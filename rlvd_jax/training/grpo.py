@@ -298,6 +298,7 @@ def train(
     directory: str | Path,
     seed: int,
     profile: range | None = None,
+    save_last: bool = True,
     progress: bool = True,
 ) -> tuple[nnx.State, dict]:
     """Train a model by GRPO, or go on with it; → (weights of the step that is kept, what happened).
@@ -306,7 +307,8 @@ def train(
     takes over: don't use them again.
     sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
     and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard. profile:
-    the steps to trace, into `events` too.
+    the steps to trace, into `events` too. save_last: also checkpoint the last step; its weights are returned anyway, so
+    a caller that writes them right away is done sooner without.
 
     What happened is JSON-able: "kept", the step of the weights; "step", the last one; "position", questions drawn;
     "evaluations", a list of `evaluate`'s results. Raises UserError if the settings can't work together or the directory
@@ -362,7 +364,8 @@ def train(
                             done["best"] = max(done["evaluations"], key=lambda e: sum(e["correct"]))["step"]
                         board.scalars(step, {f"eval/{k}": result[k] for k in ("accuracy", "length", "truncated")})
                         shown["accuracy"] = f"{result['accuracy']:.3f}"
-                    if ended or step == done["best"] or (step and step % config.checkpoint_every == 0):
+                    due = step == done["best"] or (step and step % config.checkpoint_every == 0)
+                    if save_last if ended else due:
                         checkpoints.save(state, done, done["best"])
                     if ended:
                         break

@@ -34,35 +34,51 @@ def _is_target(z, target):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logprobs(hidden, table, target, temperature: float):
-    """(log-probability of `target`, entropy), both [...], from hidden [..., D] and table [V, D].
+    """(log-probability of `target`, entropy), both [chunks, rows, size], from hidden [chunks, rows, size, D] and table
+    [V, D], with the logits of one chunk at a time.
 
     Its backward pass makes the logits again and turns them into their cotangent in one pass, with the normaliser
-    that the forward pass kept. Left to itself JAX would keep or redo several such passes, and would multiply
-    float32 cotangents with bfloat16 matrices, slowly. No gradient flows through the entropy.
+    that the forward pass kept. Left to itself JAX would keep or redo several such passes, would multiply float32
+    cotangents with bfloat16 matrices, slowly, and would cast the table anew for each chunk and keep as arrays what is
+    the same for all of them. No gradient flows through the entropy.
     """
     return _logprobs_forward(hidden, table, target, temperature)[0]
 
 
 def _logprobs_forward(hidden, table, target, temperature):
-    z = _scores(hidden, table, temperature)
-    most = z.max(axis=-1, keepdims=True)
-    p = jnp.exp(z - most)
-    total = p.sum(axis=-1)
-    norm = most[..., 0] + jnp.log(total)
-    # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
-    chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
-    entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
-    return (chosen - norm, entropy), (hidden, table, target, norm)
+    cast = table.astype(hidden.dtype)
+
+    def chunk(x):
+        h, target = x  # [rows, size, D], [rows, size]
+        z = _scores(h, cast, temperature)
+        most = z.max(axis=-1, keepdims=True)
+        p = jnp.exp(z - most)
+        total = p.sum(axis=-1)
+        norm = most[..., 0] + jnp.log(total)
+        # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
+        chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
+        entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
+        return chosen - norm, entropy, norm
+
+    logp, entropy, norm = jax.lax.map(chunk, (hidden, target))
+    return (logp, entropy), (hidden, table, target, norm)
 
 
 def _logprobs_backward(temperature, kept, cotangents):
     hidden, table, target, norm = kept
-    z = _scores(hidden, table, temperature)
-    to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (cotangents[0] / temperature)[..., None]
-    to_z = to_z.astype(hidden.dtype)
-    to_hidden = jnp.einsum("...v,vd->...d", to_z, table.astype(hidden.dtype))
-    # The table's gradient is summed over the chunks: in float32.
-    to_table = jnp.einsum("...v,...d->vd", to_z, hidden, preferred_element_type=jnp.float32)
+    cast = table.astype(hidden.dtype)
+
+    def chunk(to_table, x):
+        h, target, norm, cotangent = x
+        z = _scores(h, cast, temperature)
+        to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (cotangent / temperature)[..., None]
+        to_z = to_z.astype(h.dtype)
+        to_hidden = jnp.einsum("...v,vd->...d", to_z, cast)
+        # Summed over the chunks: in float32.
+        return to_table + jnp.einsum("...v,...d->vd", to_z, h, preferred_element_type=jnp.float32), to_hidden
+
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    to_table, to_hidden = jax.lax.scan(chunk, zeros, (hidden, target, norm, cotangents[0]))
     return to_hidden, to_table.astype(table.dtype), None
 
 
@@ -82,19 +98,13 @@ def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: i
     chunks = min(positions, max(1, -(-rows * positions * table.shape[0] // (shards * logits))))
     size = -(-positions // chunks)
 
-    def chunk(hidden, target):  # [rows, size, D], [rows, size]
-        return _logprobs(hidden, table, target, temperature)
-
     def split(x):  # [rows, positions, …] → [chunks, rows, size, …]
         x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
     with jax.named_scope("logprobs"):
-        if chunks == 1:
-            out = chunk(hidden[:, :-1], tokens[:, 1:])
-        else:
-            out = jax.lax.map(lambda x: chunk(*x), (split(hidden[:, :-1]), split(tokens[:, 1:])))
-            out = [jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :positions] for x in out]
+        out = _logprobs(split(hidden[:, :-1]), table, split(tokens[:, 1:]), temperature)
+        out = (jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :positions] for x in out)
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in out)
 
 

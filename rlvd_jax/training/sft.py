@@ -58,12 +58,13 @@ def train(
     directory: str | Path,
     seed: int,
     profile: range | None = None,
+    save_last: bool = True,
     progress: bool = True,
 ) -> tuple[nnx.State, dict]:
     """Train a model on examples, or go on with it; → (weights, what happened).
 
-    model, params, mesh, directory, profile and the exceptions are as in `grpo.train`. What happened is JSON-able:
-    "step", the optimiser steps made, and "data", the position in the examples.
+    model, params, mesh, directory, profile, save_last and the exceptions are as in `grpo.train`. What happened is
+    JSON-able: "step", the optimiser steps made, and "data", the position in the examples.
     """
     if not examples:
         raise UserError("sft: there is no example to learn from; is there a correct response that fits max_length?")
@@ -108,8 +109,8 @@ def train(
                             jax.block_until_ready(metrics)
                     window.append(metrics)
                     done = {"step": step, "data": batches.get_state()}
-                    saves = step % config.checkpoint_every == 0 or step == steps
-                    if step % LOG_EVERY == 0 or saves:
+                    saves = save_last if step == steps else step % config.checkpoint_every == 0
+                    if step % LOG_EVERY == 0 or saves or step == steps:
                         mean = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(window))
                         check_finite(mean, step)
                         rate = len(window) * mean["tokens"] / (time.perf_counter() - start)
