@@ -20,6 +20,7 @@ class Objective:
     clip_high: float = 0.2
     ratio: Literal["token", "sequence"] = "token"
     kl: float = 0.0
+    entropy: float = 0.0
 
 
 def _scores(hidden, table, temperature: float):
@@ -32,18 +33,18 @@ def _is_target(z, target):
     return jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == target[..., None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _logprobs(hidden, table, target, temperature: float):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _logprobs(hidden, table, target, temperature: float, of_entropy: bool):
     """(log-probability of `target`, entropy), both [...], from hidden [..., D] and table [V, D].
 
     Its backward pass makes the logits again and turns them into their cotangent in one pass, with the normaliser
     that the forward pass kept. Left to itself JAX would keep or redo several such passes, and would multiply
-    float32 cotangents with bfloat16 matrices, slowly. No gradient flows through the entropy.
+    float32 cotangents with bfloat16 matrices, slowly. A gradient flows through the entropy if `of_entropy`.
     """
-    return _logprobs_forward(hidden, table, target, temperature)[0]
+    return _logprobs_forward(hidden, table, target, temperature, of_entropy)[0]
 
 
-def _logprobs_forward(hidden, table, target, temperature):
+def _logprobs_forward(hidden, table, target, temperature, of_entropy):
     z = _scores(hidden, table, temperature)
     most = z.max(axis=-1, keepdims=True)
     p = jnp.exp(z - most)
@@ -52,13 +53,16 @@ def _logprobs_forward(hidden, table, target, temperature):
     # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
     chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
     entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
-    return (chosen - norm, entropy), (hidden, table, target, norm)
+    return (chosen - norm, entropy), (hidden, table, target, norm, entropy if of_entropy else None)
 
 
-def _logprobs_backward(temperature, kept, cotangents):
-    hidden, table, target, norm = kept
+def _logprobs_backward(temperature, of_entropy, kept, cotangents):
+    hidden, table, target, norm, entropy = kept
     z = _scores(hidden, table, temperature)
     to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (cotangents[0] / temperature)[..., None]
+    if of_entropy:  # d entropy / d z = -p (log p + entropy)
+        logp = z - norm[..., None]
+        to_z -= jnp.exp(logp) * (logp + entropy[..., None]) * (cotangents[1] / temperature)[..., None]
     to_z = to_z.astype(hidden.dtype)
     to_hidden = jnp.einsum("...v,vd->...d", to_z, table.astype(hidden.dtype))
     # The table's gradient is summed over the chunks: in float32.
@@ -69,13 +73,22 @@ def _logprobs_backward(temperature, kept, cotangents):
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
-def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: int = 1, logits: int = LOGITS_AT_ONCE):
+def token_logprobs(
+    hidden,
+    table,
+    tokens,
+    *,
+    temperature: float = 1.0,
+    shards: int = 1,
+    logits: int = LOGITS_AT_ONCE,
+    of_entropy: bool = False,
+):
     """Log-probability of each token given those before it, at `temperature` over the full vocabulary.
 
     hidden: [rows, T, D]; table: [V, D]; tokens: [rows, T] int32; shards: devices that the rows are split over.
     → (logp, entropy), float32 [rows, T]: at index t of token t and of the distribution it was drawn from, in nats; 0 at
-    index 0. No gradient flows through the entropy. Logits are made in chunks of at most `logits` elements a
-    device and made again in the backward pass, so [rows, T, V] never exists.
+    index 0. A gradient flows through the entropy if `of_entropy`. Logits are made in chunks of at most `logits`
+    elements a device and made again in the backward pass, so [rows, T, V] never exists.
     """
     rows, time = tokens.shape
     positions = time - 1  # the last hidden state predicts nothing here
@@ -83,7 +96,7 @@ def token_logprobs(hidden, table, tokens, *, temperature: float = 1.0, shards: i
     size = -(-positions // chunks)
 
     def chunk(hidden, target):  # [rows, size, D], [rows, size]
-        return _logprobs(hidden, table, target, temperature)
+        return _logprobs(hidden, table, target, temperature, of_entropy)
 
     def split(x):  # [rows, positions, …] → [chunks, rows, size, …]
         x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))
@@ -108,20 +121,22 @@ def segment_mean(x, mask, segments):
     return jax.vmap(of_row)(x, mask, segments)
 
 
-def loss(logp, batch, objective: Objective | None):
+def loss(logp, entropy, batch, objective: Objective | None):
     """Sum over tokens of weight × term, and the sums behind the metrics.
 
-    logp: [rows, T] of the model in training; batch: arrays [rows, T] (see batches.py) and, where there are several
-    updates a batch or a KL term, `old` and `reference`, log-probabilities under the policy before the first update and
-    under the start model. Without `old` the batch is on policy and old is logp itself, without gradient: the
+    logp, entropy: [rows, T] of the model in training; batch: arrays [rows, T] (see batches.py) and, where there are
+    several updates a batch or a KL term, `old` and `reference`, log-probabilities under the policy before the first
+    update and under the start model. Without `old` the batch is on policy and old is logp itself, without gradient: the
     ratio is 1 and clipping does nothing.
 
     objective None, supervised: term = -logp. Otherwise (section 4; Shao et al., 2024)
-        term = -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + kl · (exp(d) - d - 1),  d = reference - logp,
-    where ρ = exp(logp - old), or for ratio = sequence the exponential of its mean over the response (GSPO).
+        term = -min(ρ A, clip(ρ, 1 - clip_low, 1 + clip_high) A) + kl · (exp(d) - d - 1) - bonus · entropy,
+    where ρ = exp(logp - old), or for ratio = sequence the exponential of its mean over the response (GSPO), and
+    d = reference - logp. The mismatch between sampler and trainer, delta_logp, is measured where the batch has the
+    sampler's `logp`, and of that on the tokens that `drawn` says the policy drew itself, if the batch has it.
     """
     mask = batch["weight"] > 0
-    sums = {"tokens": jnp.sum(mask, dtype=jnp.float32)}
+    sums = {"tokens": jnp.sum(mask, dtype=jnp.float32), "entropy": jnp.sum(jnp.where(mask, entropy, 0))}
     if objective is None:
         term = -logp
     else:
@@ -139,8 +154,14 @@ def loss(logp, batch, objective: Objective | None):
             k3 = jnp.exp(d) - d - 1
             term += objective.kl * k3
             sums["kl"] = jnp.sum(k3)
+        if objective.entropy:
+            term -= objective.entropy * entropy
     if "logp" in batch:
-        delta = jnp.where(mask, jnp.abs(logp - batch["logp"]), 0)
+        drawn = mask
+        if "drawn" in batch:
+            drawn &= batch["drawn"] > 0
+            sums["drawn"] = jnp.sum(drawn, dtype=jnp.float32)
+        delta = jnp.where(drawn, jnp.abs(logp - batch["logp"]), 0)
         sums |= {"delta_logp": jnp.sum(delta), "delta_logp_max": jnp.max(delta)}
     sums["loss"] = jnp.sum(jnp.where(mask, batch["weight"] * term, 0))
     return sums["loss"], jax.lax.stop_gradient(sums)
