@@ -147,8 +147,12 @@ class GRPOConfig(Settings):
     sampling: SamplingOverride = SamplingOverride()
     """Changes to the study's sampling settings for the practice responses."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    advantage: Literal["grpo", "dr_grpo"] = "grpo"
-    """grpo: (r - mean) / (std + 1e-4) within the group; dr_grpo: r - mean (Liu et al., 2025)."""
+    advantage: Literal["grpo", "dr_grpo", "pass_at_k"] = "grpo"
+    """grpo: (r - mean) / (std + 1e-4) within the group; dr_grpo: r - mean (Liu et al., 2025); pass_at_k: the reward is
+    that one of `k` responses is correct, on average over all k of the group (Chen et al., 2025)."""
+    k: Positive = 4
+    """Of advantage pass_at_k: a group with fewer than k wrong responses teaches nothing, as k of them always hold a
+    correct one. Below `samples`."""
     normalise: Literal["batch", "sequence", "constant"] = "batch"
     """Each response token weighs one over: all response tokens of the batch; its response's tokens times the
     number of responses; max_tokens times the number of responses (Dr. GRPO)."""
@@ -160,10 +164,21 @@ class GRPOConfig(Settings):
     """sequence: the geometric mean of the response's token ratios (GSPO, Zheng et al., 2025)."""
     kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL term to the start model (the k3 estimator); 0 keeps no reference model."""
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of an entropy bonus (Mnih et al., 2016): the mean entropy of the next token's distribution at the sampling
+    temperature, over response tokens weighed as in the loss, is added to what is maximised."""
     updates: Positive = 1
     """Optimiser steps on each batch of responses; 1 is on policy, so the ratio is 1."""
     dynamic_sampling: bool = False
-    """Drop groups whose rewards are all equal and draw further questions in their place (DAPO)."""
+    """Drop groups without influence (all rewards are equal) and draw further questions in their place (DAPO)."""
+    hard_samples: Positive | None = None
+    """A question with no correct response is drawn again, `samples` at a time up to this many in all, until one is
+    correct; correct ones then take up to half of the group (as in Reinforce-Ada, Xiong et al., 2025)."""
+    solved_by: str | None = None
+    """A model whose graded responses to `problems` lend a group with no correct response one, chosen at random, in
+    place of its last; it counts as on policy (cf. LUFFY, Yan et al., 2025, which corrects for that)."""
+    solved_samples: Positive | None = None
+    """Responses of `solved_by` to each question to choose from; none: the study's `sampling.samples`."""
     evaluate_every: Positive | None = 25
     """Steps between evaluations; none: no evaluation, the last step is the result."""
     evaluate_on: str | None = None
@@ -178,6 +193,29 @@ class GRPOConfig(Settings):
     """Tokens of one packed training row; none: the longest prompt and response together."""
     micro_rows: Positive = 1
     """Packed rows a device works on at once; more use more memory."""
+
+    @model_validator(mode="after")
+    def fit_together(self):
+        if self.advantage == "pass_at_k" and self.k >= self.samples:
+            raise ValueError(
+                f"k is {self.k}, so all sets of k of the {self.samples} samples would be alike; set it below samples"
+            )
+        if self.hard_samples is not None and self.hard_samples <= self.samples:
+            raise ValueError(
+                f"hard_samples is {self.hard_samples}, in all, and {self.samples} samples are drawn of every question; "
+                "set it above samples"
+            )
+        if self.solved_samples is not None and self.solved_by is None:
+            raise ValueError("solved_samples says how many responses of solved_by to choose from; set solved_by too")
+        return self
+
+    def identity(self, aside: set[str]) -> dict:
+        """The settings as JSON-able data without those in `aside`. Of settings that came later, those at their default
+        are left out, so that what was trained before they came keeps its identity."""
+        later = {"k", "entropy", "hard_samples", "solved_by", "solved_samples"}
+        fields = type(self).model_fields
+        off = {name for name in later if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=aside | off)
 
 
 class SFTConfig(Settings):
@@ -333,7 +371,15 @@ class StudyConfig(Settings):
 
         for name, model in self.models.items():
             for recipe, fields in (
-                (model.grpo, (("start", self.models), ("problems", self.problems), ("evaluate_on", self.problems))),
+                (
+                    model.grpo,
+                    (
+                        ("start", self.models),
+                        ("problems", self.problems),
+                        ("evaluate_on", self.problems),
+                        ("solved_by", self.models),
+                    ),
+                ),
                 (
                     model.sft,
                     (
@@ -387,7 +433,7 @@ class StudyConfig(Settings):
     def needs(self, name: str) -> list[str]:
         """The models whose weights or responses the recipe of model `name` uses, without repeats."""
         m = self.models[name]
-        uses = [m.grpo.start] if m.grpo else []
+        uses = [m.grpo.start, m.grpo.solved_by] if m.grpo else []
         if m.sft:
             uses = [m.sft.student, m.sft.teacher, m.sft.only_solved_by]
         return list(dict.fromkeys(u for u in uses if u))

@@ -90,8 +90,9 @@ def cost(study: Study, step: Step) -> Cost:
             training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0),
             sampling_memory(c, itemsize, sampling.max_tokens + PROMPT, slots(sampling, responses)) + held,
         )
+        drawn = grpo.questions * (grpo.hard_samples or grpo.samples)
         return Cost(
-            sampled=(grpo.steps * responses + evaluations) * length,
+            sampled=(grpo.steps * drawn + evaluations) * length,
             trained=grpo.steps * grpo.updates * responses * length,
             memory=memory,
         )

@@ -100,6 +100,8 @@ class Study:
         for (model, problems), samples in self.analysed.items():
             need(model, problems, samples)
         for model in self.config.models.values():
+            if (grpo := model.grpo) and grpo.solved_by:
+                need(grpo.solved_by, grpo.problems, grpo.solved_samples or self.config.sampling.samples)
             if sft := model.sft:
                 need(sft.teacher, sft.problems, sft.samples or self.config.sampling.samples)
                 if sft.only_solved_by:
@@ -172,8 +174,12 @@ class Study:
         if grpo := recipe.grpo:
             aside = {"checkpoint_every", "micro_rows"}
             whole = {"start", "problems", "sampling", "evaluate_on", "evaluate_sampling"}  # below, as they come out
+            if grpo.solved_by:
+                whole |= {"solved_by", "solved_samples"}
+                samples = grpo.solved_samples or c.sampling.samples
+                common["solved"] = [self.set_settings(grpo.solved_by, grpo.problems), samples]
             return common | {
-                "grpo": grpo.model_dump(mode="json", exclude=aside | whole),
+                "grpo": grpo.identity(aside | whole),
                 "problems": problem_sets.digest(self.problems(grpo.problems)),
                 "sampling": self.sampling_identity(c.model_sampling(model, grpo.sampling)),
                 "evaluation": grpo.evaluate_on

@@ -75,6 +75,8 @@ def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, shards: int) -> 
         batch["old"] = batch["logp"]
     if is_grpo and recipe.kl:
         batch["reference"] = batch["logp"]
+    if is_grpo and recipe.solved_by:
+        batch["drawn"] = batch["weight"]
     return batch
 
 
@@ -152,7 +154,7 @@ class TargetPlan:
         recipe = config.models[model].grpo or config.models[model].sft
         if isinstance(recipe, GRPOConfig):
             sampling = config.model_sampling(model, recipe.sampling)
-            objective = Objective(recipe.clip_low, recipe.clip_high, recipe.ratio, recipe.kl)
+            objective = Objective(recipe.clip_low, recipe.clip_high, recipe.ratio, recipe.kl, recipe.entropy)
             longest = longest_response(sampling, config.context(model) or c.max_position_embeddings)
         else:
             sampling, objective = config.model_sampling(recipe.teacher), None

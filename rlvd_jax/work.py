@@ -30,6 +30,7 @@ from rlvd_jax.training.interruption import Interruption, Stopped
 
 SHARD = 8192  # responses in a shard at most ...
 SHARD_SECONDS = 120  # ... and the longest that a finished response waits to be written
+LENT = 8  # solved examples of a question that GRPO has to choose from; more would be moved and held for nothing
 
 
 @dataclasses.dataclass
@@ -197,6 +198,7 @@ class Work:
         directory = self.study.training(name)
         practice = questions(self.study.problems(recipe.problems))
         sampler = self.sampler(loaded, config.model_sampling(name, recipe.sampling))
+        solved = self._solved(name, loaded, practice, sampler.settings.max_tokens) if recipe.solved_by else None
         model, params = self._give_up(loaded)
         params, happened = grpo.train(
             recipe,
@@ -210,11 +212,31 @@ class Work:
             evaluation=evaluation,
             directory=directory,
             seed=config.seed,
+            solved=solved,
             profile=config.profiled,
             save_last=config.keep_checkpoints,
             progress=self.progress,
         )
         self._finish(params, model.config, loaded.directory, directory, happened)
+
+    def _solved(self, name: str, loaded: Loaded, practice: grpo.Questions, max_tokens: int) -> grpo.Solved:
+        """What `solved_by` lends to model `name`: of each question up to `LENT` correct responses at random, as long as
+        the model's own may be. UserError if there are none."""
+        recipe, study = self.config.models[name].grpo, self.study
+        samples = recipe.solved_samples or self.config.sampling.samples
+        correct = hosts.from_first(lambda: drawn_correct(study, recipe.solved_by, recipe.problems, samples, LENT))
+        tokens = []
+        for problem, prompt in zip(practice.problems, practice.prompts, strict=True):
+            responses = [(prompt, r.text, r.stop) for r in correct.get(problem.id, [])]
+            longest = min(len(prompt) + max_tokens, loaded.model.config.max_position_embeddings)
+            examples, _ = sft.make_examples(responses, loaded.encode, loaded.end_token, longest)
+            tokens.append([e.response for e in examples])
+        if not any(tokens):
+            raise UserError(
+                f"models.{name}.grpo.solved_by: '{recipe.solved_by}' has no correct response of at most {max_tokens} "
+                f"tokens to any of '{recipe.problems}', so it has nothing to lend"
+            )
+        return grpo.Solved(tokens, loaded.decode, loaded.end_tokens)
 
     def sft(self, name: str) -> None:
         recipe = self.config.models[name].sft
@@ -266,13 +288,26 @@ class Work:
         hosts.from_first(finish)
 
 
+def drawn_correct(study: Study, model: str, problems: str, samples: int, keep: int) -> dict[str, list[Response]]:
+    """Problem → up to `keep` of the correct ones among a model's first `samples` responses, at random with the study's
+    seed, in their order; problems without any are left out."""
+    correct: dict[str, list[Response]] = {}
+    for r in study.responses(model, problems).responses():
+        if r.correct and r.sample < samples:
+            correct.setdefault(r.problem_id, []).append(r)
+    for id, found in correct.items():
+        rng = np.random.default_rng([study.config.seed, prompts.question_key(id)])
+        correct[id] = [found[i] for i in sorted(rng.permutation(len(found))[:keep])]
+    return correct
+
+
 def choose(study: Study, name: str) -> tuple[list[Response], dict]:
     """The teacher's responses that model `name` learns from, and how many questions were left (sections 5.1, 6.1).
 
     Of each question up to `keep` correct responses at random; without the questions that `only_solved_by` never
     solves. Raises UserError if none are left.
     """
-    recipe, seed = study.config.models[name].sft, study.config.seed
+    recipe = study.config.models[name].sft
     problems = [p.id for p in study.problems(recipe.problems)]
     allowed = set(problems)
     if recipe.only_solved_by:
@@ -281,16 +316,9 @@ def choose(study: Study, name: str) -> tuple[list[Response], dict]:
         most = study.config.sampling.samples
         allowed &= {r["problem_id"] for r in rows if r["correct"] and r["sample"] < most}
     samples = recipe.samples or study.config.sampling.samples
-    correct: dict[str, list[Response]] = {}
-    for r in study.responses(recipe.teacher, recipe.problems).responses():
-        if r.correct and r.sample < samples and r.problem_id in allowed:
-            correct.setdefault(r.problem_id, []).append(r)
-    chosen = []
-    for id in problems:
-        found = correct.get(id, [])
-        rng = np.random.default_rng([seed, prompts.question_key(id)])
-        keep = sorted(rng.permutation(len(found))[: recipe.keep])
-        chosen += [found[i] for i in keep]
+    correct = drawn_correct(study, recipe.teacher, recipe.problems, samples, recipe.keep)
+    correct = {id: correct[id] for id in problems if id in correct and id in allowed}
+    chosen = [r for found in correct.values() for r in found]
     if not chosen:
         raise UserError(
             f"models.{name}.sft: '{recipe.teacher}' solved none of the questions that are left of "

@@ -97,12 +97,17 @@ def batch_of(advantage, normalise, row_tokens=16):
     return {k: jnp.asarray(v[0]) for k, v in batch.items() if k != "used"}
 
 
-def logp_of(e_u, batch, **options):
-    return token_logprobs(e_u[0][batch["tokens"]], e_u[1], batch["tokens"], temperature=TEMPERATURE, **options)[0]
+def forward(e_u, batch, **options):
+    return token_logprobs(e_u[0][batch["tokens"]], e_u[1], batch["tokens"], temperature=TEMPERATURE, **options)
+
+
+def logp_of(e_u, batch):
+    return forward(e_u, batch)[0]
 
 
 def ours(e_u, batch, objective):
-    return loss(logp_of(e_u, batch), batch, objective)
+    of_entropy = bool(objective and objective.entropy)
+    return loss(*forward(e_u, batch, of_entropy=of_entropy), batch, objective)
 
 
 def compare(*, advantage="grpo", normalise="batch", low=0.2, high=0.2, ratio="token", kl=0.0, off_policy=False):

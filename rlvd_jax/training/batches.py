@@ -9,6 +9,7 @@ One layout serves GRPO and SFT. A batch is a dict of arrays [micro, rows, T], T 
                         prompts and padding
     advantage  float32  the response's advantage (GRPO only)
     logp       float32  the sampler's log-probability of the token (GRPO only)
+    drawn      float32  1 where the policy drew the token, 0 where another model did (GRPO with solved examples only)
     used       int32 [] how many of the micro-batches hold anything
 
 The loss is the sum over tokens of weight × term, and weights come from the whole batch, so neither micro-batches nor
@@ -38,6 +39,7 @@ class Example:
     response: Sequence[int]  # with its end token, if it ended
     logp: Sequence[float] | None = None  # the sampler's, one for each token of the response
     advantage: float | None = None
+    drawn: float | None = None  # 1 if the policy drew it, 0 if it is another model's
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -111,7 +113,8 @@ def pack(
     """A batch (see the module) of `examples`; weights: [N], of each token of each response.
 
     micro_rows: the most rows of a micro-batch on each of the `shards` devices that rows are split over. Examples are
-    all with `logp` and `advantage` or all without. Raises UserError if an example is longer than `row_tokens`.
+    alike in which of `logp`, `advantage` and `drawn` they have. Raises UserError if an example is longer than
+    `row_tokens`.
     """
     size, packed = arrange([len(e) for e in examples], row_tokens, micro_rows * shards)
     fewer = shards
@@ -123,7 +126,7 @@ def pack(
     while micro < used:
         micro *= 4
     shape = micro * rows, size
-    keys = ["advantage", "logp"] if examples and examples[0].logp is not None else []
+    keys = [k for k in ("advantage", "logp", "drawn") if examples and getattr(examples[0], k) is not None]
     batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "positions", "segments")}
     batch |= {k: np.zeros(shape, np.float32) for k in ("weight", *keys)}
     for row, members in enumerate(packed):

@@ -7,6 +7,10 @@ PPO's epochs and TRL's num_iterations). Where there are several processes each s
 group, then all get the others' and pack the same batch. Every draw is a function of the seed, the step, the question
 and the sample number, and the order of the questions of the seed alone, so a run that was killed goes on from its last
 checkpoint to the very same weights.
+
+Two settings change what a question without a correct response teaches: `hard_samples` draws it again, and `solved_by`
+puts a correct response of another model in its group. What the step reports of the policy's responses is always of the
+first `samples` that it drew of each question.
 """
 
 from __future__ import annotations
@@ -82,6 +86,45 @@ class Group:
     completions: list[Completion]
     texts: list[str]
     correct: np.ndarray  # bool [samples]
+    lent: bool = False
+    """Whether the last response is another model's."""
+
+    def take(self, chosen) -> Group:
+        """The responses at these positions."""
+        completions, texts = ([some[i] for i in chosen] for some in (self.completions, self.texts))
+        return Group(self.question, completions, texts, self.correct[chosen])
+
+
+def put_together(parts: Sequence[Group]) -> Group:
+    """One group from parts of it."""
+    rows = [row for g in parts for row in zip(g.completions, g.texts, g.correct, strict=True)]
+    completions, texts, correct = zip(*sorted(rows, key=lambda row: row[0].sample), strict=True)
+    return Group(parts[0].question, list(completions), list(texts), np.array(correct))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Correct responses of another model, to lend to groups that have none."""
+
+    tokens: Sequence[Sequence[np.ndarray]]  # of each question its responses, which may be none; with their end tokens
+    decode: Callable[[np.ndarray], str]
+    end_tokens: Sequence[int]
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr([[t.tolist() for t in some] for some in self.tokens]).encode()).hexdigest()[:16]
+
+    def lend(self, group: Group, questions: Questions, seed: int) -> Group:
+        """The group with one of its question's responses, drawn with the seed, in place of its last; the group itself
+        if there is none."""
+        there = self.tokens[group.question]
+        if not there:
+            return group
+        rng = np.random.default_rng([seed, question_key(questions.problems[group.question].id)])
+        tokens = there[rng.integers(len(there))]
+        stop = "end" if tokens[-1] in self.end_tokens else "length"
+        example = Completion(-1, -1, tokens, np.zeros(len(tokens), np.float32), stop)
+        completions, texts = [*group.completions[:-1], example], [*group.texts[:-1], self.decode(tokens)]
+        return Group(group.question, completions, texts, np.append(group.correct[:-1], True), lent=True)
 
 
 class Rollouts:
@@ -133,12 +176,6 @@ class Rollouts:
         """The groups with the responses of all processes, from each process's share of them."""
         if hosts.count() == 1:
             return groups
-
-        def put_together(parts: tuple[Group, ...]) -> Group:
-            rows = [row for g in parts for row in zip(g.completions, g.texts, g.correct, strict=True)]
-            completions, texts, correct = zip(*sorted(rows, key=lambda row: row[0].sample), strict=True)
-            return Group(parts[0].question, list(completions), list(texts), np.array(correct))
-
         with self.timed("exchange"):  # with the wait for the slowest
             return [put_together(parts) for parts in zip(*hosts.gather(groups), strict=True)]
 
@@ -160,31 +197,82 @@ def question_at(position: int, number: int, seed: int) -> int:
     return int(_permutation(number, seed, epoch)[place])
 
 
+def draw_again(config: GRPOConfig, groups: list[Group], draw: Callable[[list[tuple[int, range]]], list[Group]]) -> None:
+    """Have each group without a correct response grow by `config.samples` at a time, up to `config.hard_samples` in
+    all, until it has one; in place. draw: a group for each (question, sample numbers)."""
+    number = config.samples
+    while number < (config.hard_samples or 0):
+        hard = [i for i, g in enumerate(groups) if not g.correct.any()]
+        if not hard:
+            return
+        more = min(config.samples, config.hard_samples - number)
+        firsts = [groups[i].completions[0].sample + number for i in hard]
+        new = draw([(groups[i].question, range(n, n + more)) for i, n in zip(hard, firsts, strict=True)])
+        for i, further in zip(hard, new, strict=True):
+            groups[i] = put_together([groups[i], further])
+        number += more
+
+
+def to_learn_from(config: GRPOConfig, group: Group, solved: Solved | None, questions: Questions, seed: int) -> Group:
+    """`config.samples` of a group's responses: of one that was drawn again the first correct ones, at most half, and
+    the first wrong ones; of one without a correct response all but the last and a solved example, if there is one."""
+    if len(group.correct) > config.samples:
+        right, wrong = np.flatnonzero(group.correct)[: config.samples // 2], np.flatnonzero(~group.correct)
+        group = group.take(np.sort([*wrong[: config.samples - len(right)], *right]))
+    return group if solved is None or group.correct.any() else solved.lend(group, questions, seed)
+
+
+def advantages_of(config: GRPOConfig, groups: list[Group]) -> np.ndarray:
+    """float32 [groups, samples]."""
+    return advantages(rewards([g.correct for g in groups]), config.advantage, config.k)
+
+
 def practise(
-    config: GRPOConfig, rollouts: Rollouts, sampler: Sampler, questions: Questions, position: int, step: int, seed: int
+    config: GRPOConfig,
+    rollouts: Rollouts,
+    sampler: Sampler,
+    questions: Questions,
+    position: int,
+    step: int,
+    seed: int,
+    solved: Solved | None = None,
 ) -> tuple[list[Group], list[Group]]:
     """(the groups to learn from, all groups that were drawn) from `position` of the questions' order on.
 
-    With dynamic sampling, groups of equal rewards teach nothing and further questions are drawn in their place, as many
-    as the share of useful groups so far suggests, until there are `config.questions` useful groups, or `ROUNDS` times.
+    With dynamic sampling, groups without influence teach nothing and further questions are drawn in their place, as
+    many as the share of useful groups so far suggests, until there are `config.questions` useful groups, or `ROUNDS`
+    times. A group is useful also if `hard_samples` or `solved_by` made it so.
     """
+
+    def draw(wanted: list[tuple[int, range]]) -> list[Group]:
+        return rollouts.exchange(rollouts.draw(sampler, questions, wanted, draw_seed(seed, "practice", step)))
+
     drawn: list[Group] = []
+    learnt: list[Group] = []  # from each of `drawn`
     useful: list[Group] = []
     asked: Counter[int] = Counter()  # a question that comes again within a step gets new sample numbers
+    numbers = config.hard_samples or config.samples  # of one time that it comes
     for _ in range(ROUNDS):
         missing = config.questions - len(useful)
         count = min(config.questions, math.ceil(missing * max(1, len(drawn)) / max(1, len(useful))))
         wanted = []
         for p in range(position + len(drawn), position + len(drawn) + count):
             q = question_at(p, len(questions.problems), seed)
-            wanted.append((q, range(asked[q] * config.samples, (asked[q] + 1) * config.samples)))
+            wanted.append((q, range(asked[q] * numbers, asked[q] * numbers + config.samples)))
             asked[q] += 1
-        new = rollouts.exchange(rollouts.draw(sampler, questions, wanted, draw_seed(seed, "practice", step)))
+        new = draw(wanted)
+        draw_again(config, new, draw)
         drawn += new
-        useful += [g for g in new if 0 < g.correct.sum() < len(g.correct)] if config.dynamic_sampling else new
+        new = [to_learn_from(config, g, solved, questions, draw_seed(seed, "solved", step)) for g in new]
+        learnt += new
+        if config.dynamic_sampling:
+            new = [
+                g for g, has_influence in zip(new, advantages_of(config, new).any(axis=1), strict=True) if has_influence
+            ]
+        useful += new
         if len(useful) >= config.questions:
             break
-    return useful[: config.questions] or drawn[: config.questions], drawn
+    return useful[: config.questions] or learnt[: config.questions], drawn
 
 
 def to_batch(
@@ -192,17 +280,17 @@ def to_batch(
 ) -> dict[str, np.ndarray]:
     """The packed batch of some groups.
 
-    Weights come from all responses. Those with advantage 0 have no influence without a KL term, so they are left
-    out then and cost nothing; the metrics of the loss are over the tokens trained on.
+    Weights come from all responses. Those with advantage 0 have no influence without a KL term or an entropy bonus, so
+    they are left out then and cost nothing; the metrics of the loss are over the tokens trained on.
     """
-    advantage = advantages(rewards([g.correct for g in groups]), config.advantage)
+    drawn = 1.0 if config.solved_by else None  # by the policy
     examples = [
-        Example(questions.prompts[g.question], c.tokens, c.logprobs, float(a))
-        for g, row in zip(groups, advantage, strict=True)
+        Example(questions.prompts[g.question], c.tokens, c.logprobs, float(a), 0.0 if c.sample < 0 else drawn)
+        for g, row in zip(groups, advantages_of(config, groups), strict=True)
         for c, a in zip(g.completions, row, strict=True)
     ]
     weights = token_weights([len(e.response) for e in examples], config.normalise, max_tokens)
-    taught = [i for i, e in enumerate(examples) if e.advantage or config.kl] or [0]
+    taught = [i for i, e in enumerate(examples) if e.advantage or config.kl or config.entropy] or [0]
     chosen = [examples[i] for i in taught]
     return pack(chosen, weights[taught], row_tokens=row_tokens, micro_rows=config.micro_rows, shards=shards)
 
@@ -242,27 +330,40 @@ def evaluate(evaluation: Evaluation, rollouts: Rollouts, params, step: int, seed
     }
 
 
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """What the responses of a step were like."""
-    correct = np.array([g.correct for g in groups])  # [groups, samples]
-    lengths = np.array([[len(c.tokens) for c in g.completions] for g in groups])
+def rollout_metrics(config: GRPOConfig, groups: list[Group], learnt: list[Group]) -> dict[str, float]:
+    """What the responses of a step were like: the first `config.samples` of each question, whatever was drawn again.
+
+    groups: all that were drawn; learnt: those that were learnt from. redrawn: responses drawn beyond these; rescued:
+    questions that had a correct one among them only; solved_examples: responses that another model lent.
+    """
+    first = [g.take(range(config.samples)) for g in groups]
+    correct = np.array([g.correct for g in first])  # [groups, samples]
+    lengths = np.array([[len(c.tokens) for c in g.completions] for g in first])
     metrics = {
         "reward": rewards(correct).mean(),
         "all_right": correct.all(axis=1).mean(),
         "all_wrong": (~correct).all(axis=1).mean(),
         "length": lengths.mean(),
-        "truncated": np.mean([c.stop == "length" for g in groups for c in g.completions]),
+        "truncated": np.mean([c.stop == "length" for g in first for c in g.completions]),
         "questions": len(groups),
     }
+    if config.hard_samples:
+        metrics["redrawn"] = sum(len(g.correct) for g in groups) - correct.size
+        metrics["rescued"] = sum(g.correct.any() for g in groups) - correct.any(axis=1).sum()
+    if config.solved_by:
+        metrics["solved_examples"] = sum(g.lent for g in learnt)
     for name, chosen in (("correct", correct), ("incorrect", ~correct)):
         if chosen.any():
             metrics[f"length_{name}"] = lengths[chosen].mean()
     return metrics
 
 
-def record(board: Board, step: int, groups: list[Group], learnt: dict, seconds: dict, questions: Questions) -> dict:
-    """Write a step to TensorBoard, with a correct and an incorrect response; → what the progress bar shows of it."""
-    rollout = rollout_metrics(groups)
+def record(
+    board: Board, step: int, groups: list[Group], rollout: dict, learnt: dict, seconds: dict, questions: Questions
+) -> dict:
+    """Write a step to TensorBoard, with a correct and an incorrect response; → what the progress bar shows of it.
+
+    groups: all that were drawn; rollout, learnt, seconds: metrics of the responses, of the update, and of the time."""
     tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     rates = {"tokens_per_second": tokens / sum(seconds.values()), "sampled_per_second": tokens / seconds["sample"]}
     for part, values in (("train", learnt), ("rollout", rollout), ("time", seconds | rates)):
@@ -297,6 +398,7 @@ def train(
     evaluation: Evaluation | None,
     directory: str | Path,
     seed: int,
+    solved: Solved | None = None,
     profile: range | None = None,
     save_last: bool = True,
     progress: bool = True,
@@ -306,9 +408,10 @@ def train(
     model: whose architecture and dtype are used; it may be abstract. params: the weights to start from, which training
     takes over: don't use them again.
     sampler: draws the practice responses, at its own settings. decode: see `Rollouts`. evaluation: None means none,
-    and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard. profile:
-    the steps to trace, into `events` too. save_last: also checkpoint the last step; its weights are returned anyway, so
-    a caller that writes them right away is done sooner without.
+    and then the last step is kept. directory: gets `checkpoints` to go on from and `events` for TensorBoard. solved:
+    the responses of `config.solved_by`, where it is set. profile: the steps to trace, into `events` too. save_last:
+    also checkpoint the last step; its weights are returned anyway, so a caller that writes them right away is done
+    sooner without.
 
     What happened is JSON-able: "kept", the step of the weights; "step", the last one; "position", questions drawn;
     "evaluations", a list of `evaluate`'s results. Raises UserError if the settings can't work together or the directory
@@ -323,15 +426,17 @@ def train(
     if row_tokens < longest:
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
     identity = {  # what may change when a run goes on is left out
-        "grpo": config.model_dump(mode="json", exclude={"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
+        "grpo": config.identity({"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
         "sampling": settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"}),
         "questions": questions.digest(),
         "evaluation": evaluation.identity() if evaluation else None,
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
+    if solved:
+        identity["solved"] = solved.digest()
 
-    objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl)
+    objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl, config.entropy)
     trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, objective, settings.temperature)
     reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
     directory = Path(directory)
@@ -375,15 +480,17 @@ def train(
                     with tracer.step(step + 1):
                         with rollouts.timed("load"):
                             sampler.load(hosts.on_local_devices(state.params, model.dtype))
-                        groups, drawn = practise(config, rollouts, sampler, questions, done["position"], step, seed)
+                        position = done["position"]
+                        groups, drawn = practise(config, rollouts, sampler, questions, position, step, seed, solved)
                         sampler.release()
                         with rollouts.timed("train"):
                             shards = trainer.batch_shards
                             batch = to_batch(config, groups, questions, settings.max_tokens, row_tokens, shards)
                             state, learnt = learn(config, trainer, state, batch, reference)
                     check_finite(learnt, step + 1)
-                    done = done | {"step": step + 1, "position": done["position"] + len(drawn)}
-                    shown |= record(board, step + 1, drawn, learnt, rollouts.seconds, questions)
+                    done = done | {"step": step + 1, "position": position + len(drawn)}
+                    rollout = rollout_metrics(config, drawn, groups)
+                    shown |= record(board, step + 1, drawn, rollout, learnt, rollouts.seconds, questions)
                     bar.set_postfix(shown)
                     bar.update()
             except Stopped:

@@ -148,13 +148,17 @@ class Trainer:
         model = nnx.merge(self.graphdef, params)
         hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh, micro.get("lengths"), keep)
         return token_logprobs(
-            hidden, model.unembedding(), micro["tokens"], temperature=self.temperature, shards=self.batch_shards
+            hidden,
+            model.unembedding(),
+            micro["tokens"],
+            temperature=self.temperature,
+            shards=self.batch_shards,
+            of_entropy=bool(self.objective and self.objective.entropy),
         )
 
     def _loss(self, params, micro):
         logp, entropy = self._forward(params, micro, self._keep(micro))
-        value, sums = loss(logp, micro, self.objective)
-        return value, sums | {"entropy": jnp.sum(jnp.where(micro["weight"] > 0, entropy, 0))}
+        return loss(logp, entropy, micro, self.objective)
 
     def _update(self, state: TrainState, batch):
         used, batch = batch["used"], {name: x for name, x in batch.items() if name != "used"}
@@ -180,6 +184,8 @@ class Trainer:
         tokens = sums["tokens"]
         metrics = {k: v / jnp.maximum(tokens, 1) for k, v in sums.items()}
         metrics |= {k: v for k, v in sums.items() if k in ("loss", "tokens") or k.endswith("_max")}
+        if "drawn" in sums:
+            metrics["delta_logp"] = sums["delta_logp"] / jnp.maximum(sums["drawn"], 1)
         metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": self.rate(state.step)}
         return TrainState(params, optimizer, state.step + 1), metrics
 
