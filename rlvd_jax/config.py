@@ -210,11 +210,12 @@ class GRPOConfig(Settings):
         return self
 
     def identity(self, aside: set[str]) -> dict:
-        """The settings as JSON-able data without those in `aside`. Of settings that came later, those at their default
-        are left out, so that what was trained before they came keeps its identity."""
+        """What a training depends on, as JSON-able data without the settings in `aside`. Of settings that came later,
+        those that change nothing are left out, so that what was trained before they came keeps its identity."""
         later = {"k", "entropy", "hard_samples", "solved_by", "solved_samples"}
         fields = type(self).model_fields
         off = {name for name in later if getattr(self, name) == fields[name].default}
+        off |= {"k"} if self.advantage != "pass_at_k" else set()
         return self.model_dump(mode="json", exclude=aside | off)
 
 

@@ -28,11 +28,31 @@ def test_dr_grpo_advantage_is_only_centred():
     np.testing.assert_allclose(advantages([[1, -1, -1, -1]], "dr_grpo"), [[1.5, -0.5, -0.5, -0.5]])
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+@pytest.mark.parametrize("number, k", [(5, 2), (6, 4), (10, 4), (8, 7)])
+def test_pass_at_k_advantage_against_every_set_of_k(number, k):
+    """Groups of every number of correct responses: the mean over a response's sets, standardised over all sets."""
+    for right in range(number + 1):
+        r = np.random.default_rng(right).permutation(np.where(np.arange(number) < right, 1.0, -1.0))
+        sets = np.array(list(itertools.combinations(range(number), k)))
+        reward = (r[sets] > 0).any(axis=1).astype(float)
+        expected = np.zeros(number)
+        if reward.std() > 0:
+            expected = [(reward[(sets == i).any(axis=1)].mean() - reward.mean()) / reward.std() for i in range(number)]
+        (a,) = advantages([r], "pass_at_k", k)
+        np.testing.assert_allclose(a, expected, rtol=1e-5, atol=1e-6)
+        assert a.dtype == np.float32 and a.any() == (0 < right <= number - k)
+
+
+def test_pass_at_1_advantage_is_the_standardised_reward():
+    r = np.array([[1, -1, -1, -1, 1.0]])
+    np.testing.assert_allclose(advantages(r, "pass_at_k", 1), (r - r.mean()) / r.std(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "pass_at_k"])
 def test_equal_rewards_have_no_advantage_at_all(kind):
-    r = np.array([[1, 1, 1], [-1, -1, -1], [0.1, 0.1, 0.1], [1, -1, 1]])
+    r = np.array([[1, 1, 1], [-1, -1, -1], [0.1, 0.1, 0.1], [1, -1, -1]])
     assert all_equal(r).tolist() == [True, True, True, False]
-    a = advantages(r, kind)
+    a = advantages(r, kind, 2)
     assert (a[:3] == 0).all() and (a[3] != 0).all()
 
 

@@ -174,6 +174,13 @@ REFUSED = {
     "alike; set it above",
     "seed=-1": "seed: input should be greater than or equal to 0, not -1",
     "problems.train.seed=4294967296": "problems.train.seed: input should be less than 4294967296, not 4294967296",
+    "models.rl.grpo={start: base, problems: train, samples: 4, advantage: pass_at_k}": "models.rl.grpo: k is 4, so all "
+    "sets of k of the 4 samples would be alike; set it below samples",
+    "models.rl.grpo.hard_samples=10": "models.rl.grpo: hard_samples is 10, in all, and 10 samples are drawn of every "
+    "question; set it above samples",
+    "models.rl.grpo.solved_samples=10": "models.rl.grpo: solved_samples says how many responses of solved_by to choose "
+    "from; set solved_by too",
+    "models.rl.grpo.entropy=-1": "models.rl.grpo.entropy: input should be greater than or equal to 0, not -1",
     "device=gpux": "device: 'gpux' is not a choice (did you mean 'gpu'?)",
     "models.rl.grpo.advantage=drgrpo": "models.rl.grpo.advantage: 'drgrpo' is not a choice (did you mean 'dr_grpo'?)",
     "comparisons.0.claim=reasoning": "comparisons.0.claim: 'reasoning' is not a choice (did you mean "
@@ -197,6 +204,8 @@ REFUSED = {
     "models.rl.grpo.start=bsae": "models.rl.grpo.start: 'bsae' is not declared (did you mean 'base'?)",
     "models.rl.grpo.problems=trian": "models.rl.grpo.problems: 'trian' is not declared (did you mean 'train'?)",
     "models.rl.grpo.evaluate_on=x": "models.rl.grpo.evaluate_on: 'x' is not declared (known: test, train)",
+    "models.rl.grpo.solved_by=bas": "models.rl.grpo.solved_by: 'bas' is not declared (did you mean 'base'?)",
+    "models.rl.grpo.solved_by=pupil": "models.rl: the recipe goes round in a circle: rl → pupil → rl",
     "models.pupil.sft.student=x": "models.pupil.sft.student: 'x' is not declared (known: base, pupil, rl)",
     "models.pupil.sft.teacher=lr": "models.pupil.sft.teacher: 'lr' is not declared (did you mean 'rl'?)",
     "models.pupil.sft.problems=x": "models.pupil.sft.problems: 'x' is not declared (known: test, train)",

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,6 +181,199 @@ def test_batch_leaves_out_what_has_no_influence_but_counts_it():
     assert sorted(batch["advantage"][trained]) == pytest.approx(sorted(signs))
     whole = grpo.to_batch(tiny.grpo_config(kl=0.1), drawn, tiny.questions(), 8, 40, 1)
     assert (whole["weight"] > 0).sum() == sum(tokens), "with a KL term every response has influence"
+
+
+class Fixed:
+    """A sampler of responses that follow from question and sample number: of question q (position) those in right[q]
+    are correct."""
+
+    def __init__(self, right):
+        self.right, self.asked = right, []
+
+    def sample(self, requests, seed):
+        for i, r in enumerate(requests):
+            question = r.prompt[0] - 2
+            self.asked.append((question, tuple(r.samples)))
+            for sample in reversed(r.samples):
+                answer = r.prompt[0] if sample in self.right.get(question, ()) else 23
+                tokens = np.array([answer, *[20] * (sample % 3), tiny.END], np.int32)
+                yield Completion(i, sample, tokens, np.full(len(tokens), -2.0, np.float32), "end")
+
+
+def fixed(right, solved=None, step=0, **changes):
+    """(groups to learn from, groups drawn, what was asked for) of a step from the first question on."""
+    sampler = Fixed(right)
+    rollouts = grpo.Rollouts(tiny.Grader(), tiny.decode, SimpleNamespace(check=lambda: None, agree=lambda: None))
+    config = tiny.grpo_config(**changes)
+    learnt, drawn = grpo.practise(config, rollouts, sampler, tiny.questions(), 0, step, 7, solved)
+    assert FIRST[: config.questions] == [g.question for g in drawn[: config.questions]]
+    return learnt, drawn, sampler.asked
+
+
+FIRST = [grpo.question_at(p, 5, 7) for p in range(3)]
+HARD, EASY, NEVER = FIRST
+RIGHT = {HARD: {9, 11}, EASY: {1, 2}}
+"""One question is solved at its tenth and twelfth sample, one at its second, one never."""
+
+
+def samples_of(group):
+    return [c.sample for c in group.completions]
+
+
+def test_a_question_without_a_correct_response_is_drawn_again():
+    learnt, drawn, asked = fixed(RIGHT, hard_samples=14)
+    assert asked[:3] == [(q, (0, 1, 2, 3)) for q in FIRST]
+    again = [(HARD, range(4, 8)), (NEVER, range(4, 8)), (HARD, range(8, 12)), (NEVER, range(8, 12))]
+    assert asked[3:] == [(q, tuple(samples)) for q, samples in [*again, (NEVER, range(12, 14))]]
+    assert [len(g.correct) for g in drawn] == [12, 4, 14]
+    # At most half of the group is correct; the first wrong ones fill it.
+    assert [samples_of(g) for g in learnt] == [[0, 1, 9, 11], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert [g.correct.tolist() for g in learnt] == [[False, False, True, True], [False, True, True, False], [False] * 4]
+    assert all(g.texts == [tiny.decode(c.tokens) for c in g.completions] for g in learnt)
+    assert learnt[1] is drawn[1], "what needs no help is left alone"
+    one, _, _ = fixed({HARD: {9}}, hard_samples=12)
+    assert samples_of(one[0]) == [0, 1, 2, 9]
+    many, _, _ = fixed({HARD: {4, 5, 6, 7}}, hard_samples=12)
+    assert samples_of(many[0]) == [0, 1, 4, 5]
+
+
+def test_the_metrics_are_of_the_first_draw():
+    config = tiny.grpo_config(hard_samples=14)
+    learnt, drawn, _ = fixed(RIGHT, hard_samples=14)
+    plain, _, _ = fixed(RIGHT)
+    metrics = grpo.rollout_metrics(config, drawn, learnt)
+    assert (metrics.pop("redrawn"), metrics.pop("rescued")) == (8 + 10, 1)
+    assert metrics == grpo.rollout_metrics(tiny.grpo_config(), plain, plain)
+    assert metrics["all_wrong"] == pytest.approx(2 / 3) and metrics["reward"] == pytest.approx((2 - 10) / 12)
+
+
+def test_questions_that_come_twice_in_a_step_are_drawn_again_with_new_samples():
+    sampler = Fixed({})
+    rollouts = grpo.Rollouts(tiny.Grader(), tiny.decode, Interruption())
+    config = tiny.grpo_config(questions=4, hard_samples=7)
+    grpo.practise(config, rollouts, sampler, tiny.questions(2), 0, 0, 7)
+    for question in (0, 1):
+        assert sorted(s for q, samples in sampler.asked if q == question for s in samples) == list(range(14))
+
+
+def test_dynamic_sampling_counts_what_was_drawn_again():
+    others = set(range(5)) - set(FIRST)
+    learnt, drawn, _ = fixed(RIGHT | dict.fromkeys(others, range(999)), hard_samples=12, dynamic_sampling=True)
+    assert [g.question for g in learnt] == [HARD, EASY] and len(drawn) > 3, "and nothing else ever was useful"
+    assert [g.correct.tolist() for g in learnt] == [[False, False, True, True], [False, True, True, False]]
+
+
+def test_dynamic_sampling_by_the_advantage_that_is_used():
+    """Of 4 responses 3 are right: with k = 2 every two of them hold a correct one."""
+    right = {q: {0, 1, 2} for q in range(5)} | {HARD: {3}}
+    learnt, drawn, _ = fixed(right, dynamic_sampling=True, advantage="pass_at_k", k=2)
+    assert learnt == drawn[:1] and learnt[0].question == HARD
+    learnt, drawn, _ = fixed(right, dynamic_sampling=True)
+    assert learnt == drawn and len(drawn) == 3
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_draw_again_as_one_does(monkeypatch, count):
+    """The processes are threads here, each with a sampler of its own."""
+    alone = fixed(RIGHT, hard_samples=14, dynamic_sampling=True)
+    own, there, barrier = threading.local(), [None] * count, threading.Barrier(count, timeout=60)
+
+    def gather(value):
+        there[own.index] = value
+        barrier.wait()
+        values = list(there)
+        barrier.wait()
+        return values
+
+    def work(index):
+        own.index = index
+        return fixed(RIGHT, hard_samples=14, dynamic_sampling=True)
+
+    monkeypatch.setattr(grpo.hosts, "count", lambda: count)
+    monkeypatch.setattr(grpo.hosts, "index", lambda: own.index)
+    monkeypatch.setattr(grpo.hosts, "gather", gather)
+    with ThreadPoolExecutor(count) as threads:
+        parts = list(threads.map(work, range(count)))
+    for learnt, drawn, _ in parts:
+        for groups, wanted in ((learnt, alone[0]), (drawn, alone[1])):
+            assert [(g.question, samples_of(g), g.texts) for g in groups] == [
+                (g.question, samples_of(g), g.texts) for g in wanted
+            ]
+    asked = Counter((q, s) for part in parts for q, samples in part[2] for s in samples)
+    assert asked == Counter((q, s) for q, samples in alone[2] for s in samples), "each is drawn once"
+
+
+def solved(*questions, number=4):
+    """Responses of `number` lengths to some of five questions, all correct."""
+    tokens = [[np.array([q + 2, *[21] * n, tiny.END]) for n in range(number)] * (q in questions) for q in range(5)]
+    return grpo.Solved(tokens, tiny.decode, (tiny.END,))
+
+
+def test_a_group_without_a_correct_response_gets_a_solved_example():
+    learnt, drawn, _ = fixed(RIGHT, solved(HARD, EASY))
+    assert [g.lent for g in learnt] == [True, False, False] and learnt[1:] == drawn[1:]
+    assert learnt[0].correct.tolist() == [False, False, False, True] and not drawn[0].correct.any()
+    assert learnt[0].completions[:3] == drawn[0].completions[:3] and learnt[0].texts[:3] == drawn[0].texts[:3]
+    example = learnt[0].completions[3]
+    assert example.tokens[0] == HARD + 2 and example.stop == "end" and learnt[0].texts[3] == tiny.decode(example.tokens)
+    config = tiny.grpo_config(solved_by="base")
+    metrics = grpo.rollout_metrics(config, drawn, learnt)
+    assert metrics.pop("solved_examples") == 1
+    assert metrics == grpo.rollout_metrics(tiny.grpo_config(), drawn, drawn), "of what the policy drew"
+
+    batch = grpo.to_batch(config, learnt, tiny.questions(), 8, 40, 1)
+    lent = (batch["weight"] > 0) & (batch["drawn"] == 0)
+    assert batch["tokens"][lent].tolist() == example.tokens.tolist()
+    assert (batch["advantage"][lent] > 0).all() and not batch["logp"][lent].any()
+    tokens = sum(len(c.tokens) for g in learnt for c in g.completions)
+    np.testing.assert_allclose(batch["weight"][batch["weight"] > 0], 1 / tokens, rtol=1e-6)
+    assert "drawn" not in grpo.to_batch(tiny.grpo_config(), drawn, tiny.questions(), 8, 40, 1)
+
+
+def test_solved_examples_are_drawn_anew_in_every_step():
+    def lengths():
+        return [len(fixed({}, solved(HARD), step=step)[0][0].completions[-1].tokens) for step in range(60)]
+
+    drawn = lengths()
+    assert drawn == lengths() and set(drawn) == {2, 3, 4, 5}
+
+
+def test_what_is_drawn_again_comes_before_what_is_lent():
+    learnt, _, _ = fixed(RIGHT, solved(HARD, EASY, NEVER), hard_samples=12)
+    assert [g.lent for g in learnt] == [False, False, True]
+    learnt, drawn, _ = fixed({}, solved(HARD, EASY, NEVER), dynamic_sampling=True)
+    assert [g.lent for g in learnt] == [True] * 3 and len(drawn) == 3, "a group with a solved example is useful"
+
+
+def test_with_an_entropy_bonus_every_response_counts():
+    _, drawn, _ = fixed(RIGHT)
+    tokens = [sum(len(c.tokens) for c in g.completions) for g in drawn]
+    trained = [
+        (grpo.to_batch(tiny.grpo_config(entropy=e), drawn, tiny.questions(), 8, 40, 1)["weight"] > 0).sum()
+        for e in (0, 0.1)
+    ]
+    assert trained == [tokens[1], sum(tokens)]
+
+
+def test_remedies_together(tmp_path, samplers):
+    """They are trained with, measured, and gone on with to the same weights."""
+    changes = {"hard_samples": 6, "solved_by": "base", "advantage": "pass_at_k", "k": 2, "entropy": 0.02}
+    config = tiny.grpo_config(steps=3, evaluate_every=None, checkpoint_every=1, **changes)
+    arguments = {"samplers": samplers, "evaluate": False, "solved": solved(0, 1, 2, 3)}
+    weights, _ = tiny.run_grpo(tmp_path / "whole", config=config, **arguments)
+    values, _ = scalars(tmp_path / "whole")
+    assert sum(v for _, v in values["rollout/solved_examples"]) > 0
+    assert sum(v for _, v in values["rollout/redrawn"]) >= sum(v for _, v in values["rollout/rescued"])
+    lent = [v > 0 for _, v in values["rollout/solved_examples"]]
+    assert lent == [0 < v < 1 for _, v in values["train/drawn"]], "share of the tokens"
+    # Another model's responses are not what the sampler drew: their log-probabilities are not compared.
+    assert all(0 < v < 2e-5 for _, v in values["train/delta_logp_max"])
+
+    tiny.run_grpo(tmp_path / "part", config=config.model_copy(update={"steps": 2}), **arguments)
+    again, _ = tiny.run_grpo(tmp_path / "part", config=config, **arguments)
+    assert tiny.same(again, weights)
+    with pytest.raises(UserError, match="were made with solved = "):
+        tiny.run_grpo(tmp_path / "part", config=config, **arguments | {"solved": solved(0, 1)})
 
 
 def test_a_batch_of_equal_groups_changes_nothing(tmp_path):

@@ -44,7 +44,15 @@ def np_logp(e_u, prompt, response):
     return np.array(out)
 
 
-def np_loss(e_u, *, advantage, normalise, low, high, ratio, kl, old, reference):
+def np_entropy(e_u, prompt, response):
+    """[length]: of the distribution of each token of one response."""
+    e, u = e_u
+    z = np.array([u @ e[before] / TEMPERATURE for before in (prompt[-1], *response[:-1])])
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    return -(p * np.log(p)).sum(axis=1)
+
+
+def np_loss(e_u, *, advantage, normalise, low, high, ratio, kl, entropy, old, reference):
     """Equation by equation, on padded rows with a mask up to the first end token."""
     total_tokens = sum(len(r) for g in RESPONSES for r in g)
     number, value = sum(map(len, RESPONSES)), 0.0
@@ -66,6 +74,7 @@ def np_loss(e_u, *, advantage, normalise, low, high, ratio, kl, old, reference):
             if kl:
                 d = np_logp(reference, prompt, response) - logp
                 term = term + kl * (np.exp(d) - d - 1)
+            term = term - entropy * np_entropy(e_u, prompt, response)
             value += {
                 "batch": term.sum() / total_tokens,
                 "sequence": term.mean() / number,
@@ -110,7 +119,9 @@ def ours(e_u, batch, objective):
     return loss(*forward(e_u, batch, of_entropy=of_entropy), batch, objective)
 
 
-def compare(*, advantage="grpo", normalise="batch", low=0.2, high=0.2, ratio="token", kl=0.0, off_policy=False):
+def compare(
+    *, advantage="grpo", normalise="batch", low=0.2, high=0.2, ratio="token", kl=0.0, entropy=0.0, off_policy=False
+):
     now = tables(0)
     old = now + 0.4 * tables(5) if off_policy else now
     reference = now + 0.5 * tables(2)
@@ -124,6 +135,7 @@ def compare(*, advantage="grpo", normalise="batch", low=0.2, high=0.2, ratio="to
             high=high,
             ratio=ratio,
             kl=kl,
+            entropy=entropy,
             old=old,
             reference=reference,
         )
@@ -133,7 +145,7 @@ def compare(*, advantage="grpo", normalise="batch", low=0.2, high=0.2, ratio="to
         batch["old"] = logp_of(jnp.float32(old), batch)
     if kl:
         batch["reference"] = logp_of(jnp.float32(reference), batch)
-    objective = Objective(low, high, ratio, kl)
+    objective = Objective(low, high, ratio, kl, entropy)
     differentiate = jax.jit(jax.value_and_grad(ours, has_aux=True), static_argnums=2)
     (value, sums), gradient = differentiate(jnp.float32(now), batch, objective)
     assert float(value) == pytest.approx(expected(now), abs=2e-6)
@@ -174,6 +186,14 @@ def test_on_policy_clipping_is_inert_however_narrow():
 def test_kl_term(normalise, off_policy):
     sums = compare(kl=0.3, normalise=normalise, off_policy=off_policy)
     assert sums["kl"] > 0
+
+
+@pytest.mark.parametrize("normalise", NORMALISERS)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_entropy_bonus(normalise, off_policy):
+    sums = compare(entropy=0.3, normalise=normalise, off_policy=off_policy)
+    entropies = [np_entropy(tables(0), p, r) for p, g in zip(PROMPTS, RESPONSES, strict=True) for r in g]
+    assert float(sums["entropy"]) == pytest.approx(np.concatenate(entropies).sum(), rel=1e-5)
 
 
 def test_kl_is_zero_at_the_reference():
@@ -231,6 +251,18 @@ def test_the_mismatch_between_sampler_and_trainer_is_measured_on_response_tokens
     assert float(sums["delta_logp_max"]) == pytest.approx(0.3, rel=1e-3)
 
 
+def test_the_mismatch_is_measured_on_what_the_policy_drew():
+    batch, now = batch_of("grpo", "batch"), jnp.float32(tables(0))
+    first = jnp.asarray(batch["segments"] == 1)  # as if the first example of each row were another model's
+    batch["drawn"] = jnp.float32(~first)
+    batch["logp"] = logp_of(now, batch) + jnp.where(first, 9.0, 0.25)
+    sums = ours(now, batch, Objective())[1]
+    tokens = int(((batch["weight"] > 0) & ~first).sum())
+    assert sums["drawn"] == tokens < sums["tokens"] == 29
+    assert float(sums["delta_logp"]) == pytest.approx(0.25 * tokens, rel=1e-4)
+    assert float(sums["delta_logp_max"]) == pytest.approx(0.25, rel=1e-4)
+
+
 def test_no_overflow_outside_the_response():
     batch = batch_of("grpo", "batch")
     now = jnp.float32(tables(0))
@@ -262,8 +294,8 @@ def test_chunked_logprobs_equal_plain_ones(logits):
         logp = jnp.take_along_axis(p[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.pad(logp, ((0, 0), (1, 0))), jnp.pad(-(jnp.exp(p) * p).sum(-1)[:, :-1], ((0, 0), (1, 0)))
 
-    def chunked(hidden, table):
-        return token_logprobs(hidden, table, tokens, temperature=0.7, logits=logits)
+    def chunked(hidden, table, of_entropy=False):
+        return token_logprobs(hidden, table, tokens, temperature=0.7, logits=logits, of_entropy=of_entropy)
 
     for ours_, theirs in zip(chunked(hidden, table), plain(hidden, table), strict=True):
         np.testing.assert_allclose(ours_, theirs, atol=2e-6)
@@ -273,6 +305,16 @@ def test_chunked_logprobs_equal_plain_ones(logits):
     )
     np.testing.assert_allclose(ours_[0], theirs[0], atol=5e-6)
     np.testing.assert_allclose(ours_[1], theirs[1], atol=2e-5)
+
+    def both(outputs):  # log-probabilities and entropies
+        return (weight * outputs[0]).sum() + (weight[::-1] * outputs[1]).sum()
+
+    ours_ = jax.grad(lambda h, t: both(chunked(h, t, of_entropy=True)), argnums=(0, 1))(hidden, table)
+    theirs = jax.grad(lambda h, t: both(plain(h, t)), argnums=(0, 1))(hidden, table)
+    np.testing.assert_allclose(ours_[0], theirs[0], atol=5e-6)
+    np.testing.assert_allclose(ours_[1], theirs[1], atol=2e-5)
+    without = jax.grad(lambda h: chunked(h, table)[1].sum())(hidden)
+    assert not np.asarray(without).any(), "unless asked for, no gradient flows through the entropy"
 
 
 def test_bfloat16_logits_are_accumulated_in_float32():
@@ -290,7 +332,7 @@ def test_no_array_of_tokens_by_vocabulary_exists():
     tokens = jax.ShapeDtypeStruct((1, 1025), jnp.int32)
 
     def total(hidden, table, tokens, logits):
-        return sum(x.sum() for x in token_logprobs(hidden, table, tokens, logits=logits))
+        return sum(x.sum() for x in token_logprobs(hidden, table, tokens, logits=logits, of_entropy=True))
 
     def temporary(logits):
         gradient = jax.jit(jax.grad(lambda *a: total(*a, logits), argnums=(0, 1)))

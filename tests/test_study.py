@@ -158,12 +158,18 @@ CHANGES = {
     "models.rl.grpo.sampling.temperature=0.9": set(),
     "models.rl.grpo.evaluate_sampling.top_k=50": set(),
     "models.rl.template=question": set(),
+    "models.rl.grpo.entropy=0": set(),
+    "models.rl.grpo.k=5": set(),  # without advantage pass_at_k
     "models.pupil.sampling.max_tokens=4000": set(),
     "models.pupil.sft.samples=4": set(),
     # one model's recipe
     "models.rl.grpo.optimizer.learning_rate=1e-3": RL,
     "models.rl.grpo.steps=3": RL,
     "models.rl.grpo.kl=0.1": RL,
+    "models.rl.grpo.entropy=0.1": RL,
+    "models.rl.grpo.hard_samples=20": RL,
+    "models.rl.grpo.advantage=pass_at_k": RL,
+    "models.rl.grpo.solved_by=base": RL,
     "models.rl.grpo.sampling.top_p=0.5": RL,
     "models.rl.grpo.evaluate_sampling.top_p=0.5": RL,
     "models.rl.grpo.evaluate_on=train": RL,
@@ -201,6 +207,30 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_identity_changes_with_what_it_depends_on_alone(here, change):
     assert changed(identities(study()), identities(study(change))) == CHANGES[change]
+
+
+def test_solved_examples_are_part_of_the_graph(here):
+    plain, lent = study(), study("models.rl.grpo.solved_by=wise", "models.rl.grpo.solved_samples=5")
+    assert lent.needed == plain.needed | {("wise", "train"): 5}
+    assert lent.analysed == plain.analysed, "they are not measured"
+    names = [step.name for step in lent.steps]
+    assert names.index("sample wise on train") < names.index("train rl")
+    assert lent.config.needs("rl") == ["base", "wise"] and "wise" in lent.config.ancestors("pupil")
+    assert changed(identities(plain), identities(lent)) == RL
+    template = "models.wise.template=question"
+    assert changed(
+        identities(lent),
+        identities(study("models.rl.grpo.solved_by=wise", "models.rl.grpo.solved_samples=5", template)),
+    ) == RL | set(CHANGES[template])
+    all_samples = [study("models.rl.grpo.solved_by=wise", *more) for more in ([], ["models.rl.grpo.solved_samples=6"])]
+    assert all_samples[0].needed["wise", "train"] == 6
+    assert not changed(*(identities(s) for s in all_samples))
+
+
+def test_settings_that_came_later_leave_identities_as_they_were(here):
+    before = study().config.models["rl"].grpo.identity(set())
+    assert not {"k", "entropy", "hard_samples", "solved_by", "solved_samples"} & before.keys()
+    assert before["kl"] == 0 and before["advantage"] == "grpo"
 
 
 def test_evaluation_depends_on_the_studys_sampling(here):
