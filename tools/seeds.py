@@ -132,9 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         of_seeds = load(args.results)
         seeds = ", ".join(str(r["settings"]["seed"]) for r in of_seeds)
+        seeds = f"seed{'s' if len(of_seeds) > 1 else ''} {seeds}"
         written = []
         for problems, found in of_seeds[0]["problems"].items():
-            tables = {f"{problems}, {found['questions']} questions, seeds {seeds}": None}
+            tables = {f"{problems}, {found['questions']} questions, {seeds}": None}
             if args.against:
                 if args.against not in found["models"]:
                     raise UserError(

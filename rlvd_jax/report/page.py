@@ -27,7 +27,7 @@ from rlvd_jax.report.text import DASH, interval, number, percent, value_of, visi
 
 LONGEST = 20_000  # characters of a response that the page shows
 MARKS = {"shown": "✓", "not shown": "✕", "unclear": "?", "correct": "✓", "wrong": "✕", "ungraded": "?"}
-VARIANTS = ("advantage", "k", "normalise", "clip_low", "clip_high", "ratio", "kl", "entropy", "updates")
+VARIANTS = ("advantage", "normalise", "clip_low", "clip_high", "ratio", "kl", "entropy", "updates")
 VARIANTS += ("dynamic_sampling", "hard_samples", "solved_by", "solved_samples")
 """Settings of GRPO that are told where they are not the default."""
 CLAIMS = {"rl": "RL", "new_knowledge": "new knowledge", "reasoning_only": "reasoning only"}
@@ -177,8 +177,10 @@ def _recipe(model: str, results) -> dict:
             if grpo.get("questions") and grpo.get("samples"):
                 text += f" of {grpo['questions']:,} questions × {grpo['samples']:,} responses"
         fields = GRPOConfig.model_fields
-        changed = [f"{v} {grpo[v]}" for v in VARIANTS if grpo.get(v) not in (None, fields[v].default)]
-        text += f"; {', '.join(changed)}" if changed else ""
+        changed = {v: grpo[v] for v in VARIANTS if grpo.get(v) not in (None, fields[v].default)}
+        if changed.get("advantage") == "pass_at_k":
+            changed["advantage"] = f"pass_at_k with k {grpo.get('k', fields['k'].default)}"
+        text += f"; {', '.join(f'{v} {value}' for v, value in changed.items())}" if changed else ""
     elif sft:
         student, teacher = sft.get("student"), sft.get("teacher")
         whose = "its own" if student == teacher else f"{teacher}'s"
