@@ -358,7 +358,7 @@ def test_with_an_entropy_bonus_every_response_counts():
 def test_remedies_together(tmp_path, samplers):
     """They are trained with, measured, and gone on with to the same weights."""
     changes = {"hard_samples": 6, "solved_by": "base", "advantage": "pass_at_k", "k": 2, "entropy": 0.02}
-    config = tiny.grpo_config(steps=3, evaluate_every=None, checkpoint_every=1, **changes)
+    config = tiny.grpo_config(steps=3, evaluate_every=None, **changes)
     arguments = {"samplers": samplers, "evaluate": False, "solved": solved(0, 1, 2, 3)}
     weights, _ = tiny.run_grpo(tmp_path / "whole", config=config, **arguments)
     values, _ = scalars(tmp_path / "whole")

@@ -120,6 +120,8 @@ def test_costs_at_the_papers_size(tmp_path):
     assert step.memory == max(training_memory(BIG, 2, 4256, False), sampling_memory(BIG, 2, 4256, 280) + 12 * weights)
     twice = cost(paper(tmp_path, "models.rl.grpo.updates=2"), Step("train", "rl"))
     assert (twice.sampled, twice.trained) == (step.sampled, 2 * step.trained)
+    hard = cost(paper(tmp_path, "models.rl.grpo.hard_samples=40"), Step("train", "rl"))
+    assert (hard.sampled - step.sampled, hard.trained) == (225 * 28 * 30 * 4000, step.trained)
     none = cost(paper(tmp_path, "models.rl.grpo.evaluate_every="), Step("train", "rl"))
     assert none.sampled == 225 * 280 * 4000
     for rows in (1, 16):  # where sampling takes most, and where training does

@@ -68,7 +68,19 @@ def study(models=("base", "rl", "taught"), n=32, questions=24, paper=True, probl
         "created": "2026-11-21T22:40:03+00:00",
         "settings": {
             "study": "small",
-            "models": {"rl": {"grpo": {"start": "base", "problems": "math-train", "steps": 7}}},
+            "models": {
+                "rl": {
+                    "grpo": {
+                        "start": "base",
+                        "problems": "math-train",
+                        "steps": 7,
+                        "kl": 0.1,
+                        "updates": 1,
+                        "advantage": "pass_at_k",
+                        "k": 2,
+                    }
+                }
+            },
         },
         "versions": {"python": "3.11.9", "numpy": "2.4.6"},
     } | analyse(sets, comparisons, models=described, hardest=8, bootstrap=200, **more)
@@ -283,7 +295,9 @@ def test_summary_sentences(results):
 
 
 def test_what_was_run(outline):
-    assert "Reinforcement learning (GRPO) from base on math-train, 7 steps" in outline.text
+    assert "Reinforcement learning (GRPO) from base on math-train, 7 steps; advantage pass_at_k with k 2, kl 0.1" in (
+        outline.text
+    )
     assert "21 November 2026" in outline.text and "22:40 UTC" in outline.text
     assert ["python", "3.11.9"] in outline.rows
     assert "problems: math-train\n" in outline.text  # the settings

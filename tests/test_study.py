@@ -117,12 +117,15 @@ def test_every_step_comes_after_what_it_needs(path):
             assert recipe.parent in s.config.models
             for model in s.config.needs(step.model):
                 assert s.config.models[model].from_ is not None or Step("train", model) in done
+            whole, wanted, used = s.config.sampling.samples, [], recipe.sft or recipe.grpo
             if sft := recipe.sft:
-                wanted = [(sft.teacher, sft.samples or s.config.sampling.samples)]
-                wanted += [(sft.only_solved_by, s.config.sampling.samples)] if sft.only_solved_by else []
-                for model, samples in wanted:
-                    there = [x for x in done if (x.kind, x.model, x.problems) == ("respond", model, sft.problems)]
-                    assert len(there) == 1 and there[0].samples >= samples
+                wanted = [(sft.teacher, sft.samples or whole)]
+                wanted += [(sft.only_solved_by, whole)] if sft.only_solved_by else []
+            elif used.solved_by:
+                wanted = [(used.solved_by, used.solved_samples or whole)]
+            for model, samples in wanted:
+                there = [x for x in done if (x.kind, x.model, x.problems) == ("respond", model, used.problems)]
+                assert len(there) == 1 and there[0].samples >= samples
         assert step not in done
         done.add(step)
     assert {(x.model, x.problems): x.samples for x in done if x.kind == "respond"} == s.needed

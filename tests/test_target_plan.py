@@ -55,6 +55,8 @@ def test_the_largest_batch_of_an_update():
     assert (batch["segments"] > 0).sum() == 280 * 4256
     several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1, "micro_rows": 4}), 4256, 16)
     assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (16, 64, 4352)
+    lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, 16)
+    assert lent["drawn"].shape == batch["tokens"].shape and set(lent) == {*batch, "drawn"}
     assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 16)["tokens"].shape == (16, 16, 8192)
     sft = SFTConfig(student="m", teacher="t", problems="p")
     assert largest_batch(sft, 4256, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each

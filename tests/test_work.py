@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_study
+from test_grpo import scalars
 
 from rlvd_jax import config, prompts, tokenizer
 from rlvd_jax.errors import UserError
@@ -18,7 +19,8 @@ from rlvd_jax.grading import Grader
 from rlvd_jax.qwen2 import Qwen2Config
 from rlvd_jax.responses import Response
 from rlvd_jax.study import Step, Study
-from rlvd_jax.work import Work, choose
+from rlvd_jax.training.grpo import Questions
+from rlvd_jax.work import Work, choose, drawn_correct
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,31 @@ def test_the_context_of_a_trained_model(here, grader):
     assert Qwen2Config.from_directory(s.checkpoint("base-from-base")).max_position_embeddings == 32
     assert work.load("base-from-base").model.config.max_position_embeddings == 32
     assert work.load("base").model.config.max_position_embeddings == 64
+
+
+def test_solved_examples_come_from_a_models_responses(here, grader):
+    changes = ("solved_by=wise", "solved_samples=6", "steps=1", "evaluate_every=")
+    s = study(*(f"models.rl.grpo.{change}" for change in changes))
+    work = Work(s, grader, progress=False)
+    work.run(Step("respond", "wise", "train", 6))
+    correct = drawn_correct(s, "wise", "train", 6, 8)
+    assert correct and "train/7" not in correct, "no model ever answers 49"
+    loaded = work.load("base")
+    problems = s.problems("train")
+    solved = work._solved("rl", loaded, Questions(problems, work.prompts(loaded, problems)), 8)
+    for problem, tokens in zip(problems, solved.tokens, strict=True):
+        assert [loaded.decode(t) for t in tokens] == [r.text for r in correct.get(problem.id, [])]
+        assert all(len(t) <= 8 and t[-1] == loaded.end_token for t in tokens)
+    short = work._solved("rl", loaded, Questions(problems, work.prompts(loaded, problems)), 4)
+    assert {len(t) for tokens in short.tokens for t in tokens} == {4}, "those that the model itself could have drawn"
+    message = "models.rl.grpo.solved_by: 'wise' has no correct response of at most 1 tokens to any of 'train'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        work._solved("rl", loaded, Questions(problems, work.prompts(loaded, problems)), 1)
+
+    work.run(Step("train", "rl"))
+    assert s.result("rl")["step"] == 1
+    lent = scalars(s.training("rl"))[0]["rollout/solved_examples"]
+    assert len(lent) == 1 and lent[0][1] > 0
 
 
 # ---- what is learnt from -----------------------------------------------------------------------------------------

@@ -20,12 +20,16 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from rlvd_jax.config import GRPOConfig
 from rlvd_jax.evaluation import difficulty
 from rlvd_jax.report import figures, prose
 from rlvd_jax.report.text import DASH, interval, number, percent, value_of, visible
 
 LONGEST = 20_000  # characters of a response that the page shows
 MARKS = {"shown": "✓", "not shown": "✕", "unclear": "?", "correct": "✓", "wrong": "✕", "ungraded": "?"}
+VARIANTS = ("advantage", "normalise", "clip_low", "clip_high", "ratio", "kl", "entropy", "updates")
+VARIANTS += ("dynamic_sampling", "hard_samples", "solved_by", "solved_samples")
+"""Settings of GRPO that are told where they are not the default."""
 CLAIMS = {"rl": "RL", "new_knowledge": "new knowledge", "reasoning_only": "reasoning only"}
 
 
@@ -172,6 +176,11 @@ def _recipe(model: str, results) -> dict:
             text += f", {grpo['steps']:,} steps"
             if grpo.get("questions") and grpo.get("samples"):
                 text += f" of {grpo['questions']:,} questions × {grpo['samples']:,} responses"
+        fields = GRPOConfig.model_fields
+        changed = {v: grpo[v] for v in VARIANTS if grpo.get(v) not in (None, fields[v].default)}
+        if changed.get("advantage") == "pass_at_k":
+            changed["advantage"] = f"pass_at_k with k {grpo.get('k', fields['k'].default)}"
+        text += f"; {', '.join(f'{v} {value}' for v, value in changed.items())}" if changed else ""
     elif sft:
         student, teacher = sft.get("student"), sft.get("teacher")
         whose = "its own" if student == teacher else f"{teacher}'s"

@@ -31,7 +31,7 @@ def advantages(rewards, kind: str = "grpo", k: int = 4) -> np.ndarray:
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """The analytic advantage of pass@k training (Chen et al., 2025, arXiv 2508.10751, section 2.4).
+    """The analytic advantage of pass@k training (Chen et al., 2025, arXiv 2508.10751).
 
     bool [groups, samples] → float32 [groups, samples], k below samples. Every set of k responses is rewarded with 1 if
     it holds a correct one, else 0. A response's advantage is the mean reward of the sets that it is in, less the mean
