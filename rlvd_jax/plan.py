@@ -161,7 +161,7 @@ def plan(study: Study) -> str:
             rows.append([step.name, *cells(study, step, first), memory])
             first = False
     notes = (
-        f"{TOKENS} Memory is what the largest arrays take with whole weights on each device. Of two figures, the "
-        "sampler needs the first and fills what is free, up to the second."
+        f"{TOKENS}\nMemory is what the largest arrays take with whole weights on each device. Of two figures, the "
+        "sampler\nneeds the first and fills what is free, up to the second."
     )
     return f"{study.config.study} in {study.root}\n{table(rows)}\n{notes}"
