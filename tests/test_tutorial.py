@@ -6,22 +6,25 @@ import shlex
 from pathlib import Path
 
 import pytest
+import training_helpers
 
 from rlvd_jax import evaluate, run
 
 TEXT = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text(encoding="utf-8")
-BLOCKS = [(info.split(), body) for info, body in re.findall(r"^```(.*)\n(.*?)^```$", TEXT, re.M | re.S)]
+BLOCKS = [(info.split(), body) for info, body in re.findall(r"^```([^\n]*)\n(.*?)^```$", TEXT, re.M | re.S)]
 FILES = {info[1]: body for info, body in BLOCKS if len(info) == 2}
 COMMANDS = {
-    line: (BLOCKS[i + 1][1] if i + 1 < len(BLOCKS) and not BLOCKS[i + 1][0] else None)  # what it prints, if that's shown
+    line: (
+        BLOCKS[i + 1][1] if i + 1 < len(BLOCKS) and not BLOCKS[i + 1][0] else None
+    )  # what it prints, if that's shown
     for i, (info, body) in enumerate(BLOCKS)
     if info == ["bash"]
     for line in body.replace("\\\n", " ").splitlines()
 }
 SMALL = [
-    *("problems.short.limit=8", "problems.long.limit=4", "sampling.samples=4", "bootstrap=100"),
-    *("models.rl.grpo.steps=2", "models.rl.grpo.questions=2", "models.rl.grpo.samples=4"),
-    *("models.rl.grpo.evaluate_samples=2", "models.self.sft.samples=4", "models.self.sft.epochs=1"),
+    *("problems.short.limit=8", "problems.long.limit=4", "sampling.samples=4", "sampling.max_tokens=12"),
+    *("models.rl.grpo.steps=1", "models.rl.grpo.questions=2", "models.rl.grpo.samples=4"),
+    *("models.rl.grpo.evaluate_every=", "models.self.sft.samples=4", "models.self.sft.epochs=1", "bootstrap=100"),
 ]
 
 
@@ -70,11 +73,14 @@ def test_the_study_and_its_changes(here, capsys):
     assert len(changes) == 2
     for change in ([], *([override.replace("128", "8") for override in change] for change in changes)):
         assert run.main(["mine.yaml", "--plan", *SMALL, *change]) == 0
-        states = dict(re.findall(r"^((?:sample|train) \S+(?: on \S+)?) +(done|next|to do)", capsys.readouterr().out, re.M))
+        states = dict(
+            re.findall(r"^((?:sample|train) \S+(?: on \S+)?) +(done|next|to do)", capsys.readouterr().out, re.M)
+        )
         left = [step for step, state in states.items() if state != "done"]
         if not change:
             assert len(left) == 6
-            assert run.main(["mine.yaml", "--quiet", *SMALL]) == 0
+            with training_helpers.quick_compilation():
+                assert run.main(["mine.yaml", "--quiet", *SMALL]) == 0
             printed = capsys.readouterr().out
             steps = re.findall(r"^\[\d/6\] (.*)", printed, re.M)
             assert steps == left and "\npage: runs/mine/report/index.html (" in printed
@@ -91,5 +97,7 @@ def test_responses_of_another_engine(here, capsys):
     assert evaluate.main(shlex.split(wrong)) == 2
     assert capsys.readouterr().err == commands("evaluate")[wrong]
     assert evaluate.main([*shlex.split(right), "--workers", "1"]) == 0
-    printed, shown = (re.sub(r" +|\[.*?\]", " ", x).split() for x in (capsys.readouterr().out, commands("evaluate")[right]))
+    printed, shown = (
+        re.sub(r" +|\[.*?\]", " ", x).split() for x in (capsys.readouterr().out, commands("evaluate")[right])
+    )
     assert printed == shown and (here / "quiz" / "index.html").exists()
