@@ -22,7 +22,7 @@ COMMANDS = {
     for line in body.replace("\\\n", " ").splitlines()
 }
 SMALL = [
-    *("problems.short.limit=8", "problems.long.limit=4", "sampling.samples=4", "sampling.max_tokens=12"),
+    *("problems.short.limit=4", "problems.long.limit=4", "sampling.samples=4", "sampling.max_tokens=12"),
     *("models.rl.grpo.steps=1", "models.rl.grpo.questions=2", "models.rl.grpo.samples=4"),
     *("models.rl.grpo.evaluate_every=", "models.self.sft.samples=4", "models.self.sft.epochs=1", "bootstrap=100"),
 ]
