@@ -5,6 +5,11 @@ our own response sets (a directory). Several files are several models, the first
 
     python -m rlvd_jax.evaluate base=vllm-base.jsonl rl=vllm-rl.parquet --claim rl --output report
 
+Columns are known by their common names; another is named with an option, a field of objects with dots. The right
+answers can come from a file of problems instead:
+
+    python -m rlvd_jax.evaluate outputs.jsonl --response-column outputs.text --problems problems.jsonl
+
 Needs no JAX and no accelerator.
 """
 
@@ -25,9 +30,10 @@ from tqdm import tqdm
 
 from rlvd_jax.errors import UserError, nearest
 from rlvd_jax.evaluation import Graded, analyse, difficulty
-from rlvd_jax.foreign import COLUMNS, MEANING, Questions, Responses, read_all, short
+from rlvd_jax.foreign import COLUMNS, MEANING, Questions, Responses, know, read_all, short
+from rlvd_jax.problems import read_file as read_problems
 
-PROBLEMS = "problems"  # the name of the one set of problems in the results
+PROBLEMS = "these problems"  # the name of the one set of problems in the results
 
 
 def judge(models: dict[str, Responses], questions: Questions, unit: str, args) -> dict[str, Graded]:
@@ -61,7 +67,7 @@ def _grade(models: dict[str, Responses], questions: Questions, grader, regrade: 
         if unknown := [i for i in rows if r.question[i] not in questions.gold]:
             raise UserError(
                 f"{r.source}: there is no right answer to question {short(r.question[unknown[0]])} to judge its "
-                "responses by: name the column with --gold-column"
+                "responses by: name the column with --gold-column, or a file of problems with --problems"
             )
     total = sum(map(len, todo.values()))
     with tqdm(total=total, desc="grading", unit=" responses", disable=not total or None) as bar:
@@ -124,9 +130,13 @@ def compare(models: dict[str, Responses], base: str, claims: list[str]) -> list[
     return [{"base": base, "other": other, "problems": PROBLEMS, "claim": kinds.get(other)} for other in others]
 
 
-def remarks(models: dict[str, Responses], base: str, unit: str) -> list[str]:
+def remarks(models: dict[str, Responses], base: str, unit: str, regrade: bool) -> list[str]:
     """What a reader of the numbers should know about the responses."""
     notes = []
+    verdicts = [c is not None for r in models.values() for c in r.correct]
+    if any(verdicts) and not regrade:
+        kept = f"{sum(verdicts):,} of {len(verdicts):,} responses"
+        notes.append(f"The files' own verdicts on {kept} are kept; --regrade judges them anew.")
     if unit == "words":
         notes.append("Lengths are in words: not every response has a token count (--tokens-column).")
     questions = set(models[base].question)
@@ -236,9 +246,17 @@ def versions() -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m rlvd_jax.evaluate", description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(
+        prog="python -m rlvd_jax.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("files", nargs="+", metavar="[NAME=]FILE", help="JSON Lines, Parquet, or a directory of responses")
     p.add_argument("--output", metavar="DIR", help="write results.json and the page (index.html) here")
+    p.add_argument(
+        "--problems",
+        dest="problems_file",
+        metavar="FILE",
+        help="JSON Lines with problem, answer and perhaps id: the right answers to the questions, found by text or id",
+    )
     p.add_argument("--base", metavar="NAME", help="the model that the others are compared with (default: the first)")
     p.add_argument(
         "--claim",
@@ -275,12 +293,18 @@ def evaluate(args) -> dict:
         raise UserError(f"--output: {args.output} is a file, not a directory")
     named = {what: name for what in COLUMNS if (name := getattr(args, f"{what}_column")) is not None}
     models, questions, columns = read_all(args.files, named)
+    if args.problems_file and not know(read_problems(Path(args.problems_file)), questions, models):
+        asked = short(next(iter(models.values())).question[0])
+        raise UserError(
+            f"--problems: no question of the responses is in {args.problems_file}, by its text or its id: the first "
+            f"is {asked}"
+        )
     base = args.base or next(iter(models))
     if base not in models:
         raise UserError(f"--base: '{base}' is not among the models{nearest(base, models)}")
     comparisons = compare(models, base, args.claim)
     unit = "words" if any(None in r.tokens for r in models.values()) else "tokens"
-    notes = remarks(models, base, unit)
+    notes = remarks(models, base, unit, args.regrade)
     for path, chosen in columns.items():
         print(f"{path}: " + ", ".join(f"{what} from '{name}'" for what, name in chosen.items()))
     for note in notes:

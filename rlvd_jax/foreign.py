@@ -1,7 +1,7 @@
 """Graded or ungraded responses that any engine wrote: JSON Lines, JSON and Parquet, and our own response sets.
 
 A file has a row for each response, or for each question with lists of responses. What its columns hold is known by
-their common names (`COLUMNS`) or by what the user says.
+their common names (`COLUMNS`) or by what the user says, who can reach into objects and lists of them: `outputs.text`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlvd_jax.errors import UserError, nearest
+from rlvd_jax.problems import Problem
 
 COLUMNS = {
     "problem": ("problem", "question", "prompt", "input", "query"),
-    "id": ("problem_id", "question_id", "unique_id", "id", "idx"),
+    "id": ("problem_id", "question_id", "unique_id", "custom_id", "id", "idx", "doc_id"),
     "gold": (
         "gold",
         "gold_answer",
@@ -40,6 +41,9 @@ COLUMNS = {
         "generated_text",
         "model_output",
         "text",
+        "samples",
+        "resps",
+        "code",
     ),
     "model": ("model", "model_name"),
     "sample": ("sample", "sample_id", "sample_index", "sample_idx"),
@@ -85,6 +89,43 @@ class Source:
 
     def where(self, row: int) -> str:
         return f"{self.path}, {self.unit} {self.lines[row] if self.lines else row + 1}"
+
+    def has(self, name: str) -> bool:
+        return name in self.names or ("." in name and name.partition(".")[0] in self.names)
+
+    def column(self, name: str) -> list:
+        """The values of a column, or of a field of the objects in it: `outputs.text`."""
+        if name in self.names:
+            return self.read(name)
+        first, *fields = name.split(".")
+        return [_reach(value, fields) for value in self.read(first)]
+
+    def fields(self) -> list[str]:
+        """The names of its columns; in place of a column of objects, those of their fields, as in the first row."""
+        return [field for name in self.names for field in _fields(name, next(iter(self.read(name)), None))]
+
+
+def _reach(value, fields: list[str]):
+    """What an object holds under these names, one inside the other; of a list, what each of its entries holds."""
+    if isinstance(value, list):
+        return [_reach(v, fields) for v in value]
+    if not fields:
+        return value
+    return _reach(value.get(fields[0]), fields[1:]) if isinstance(value, dict) else None
+
+
+def _fields(name: str, value) -> list[str]:
+    if isinstance(value, list):
+        value = next(iter(value), None)
+        return _fields(name, value) if isinstance(value, (dict, list)) else [name]
+    if isinstance(value, dict) and value:
+        return [field for key, v in value.items() for field in _fields(f"{name}.{key}", v)]
+    return [name]
+
+
+def _flat(values: list) -> list:
+    """The entries of lists in lists, in order."""
+    return [x for v in values for x in (_flat(v) if isinstance(v, list) else [v])]
 
 
 OURS = {
@@ -224,20 +265,21 @@ def choose_columns(source: Source, named: dict[str, str]) -> dict[str, str]:
         if what in named:
             if named[what] == "-":
                 continue
-            if named[what] not in source.names:
-                raise UserError(f"{source.path}: has no column '{named[what]}'{nearest(named[what], source.names)}")
+            if not source.has(named[what]):
+                raise UserError(f"{source.path}: has no column '{named[what]}'{nearest(named[what], source.fields())}")
             chosen[what] = named[what]
         elif source.known is not None:
             chosen |= {what: source.known[what]} if what in source.known else {}
         else:
             found = [c for c in candidates if c in source.names and c not in named.values()]
             chosen |= {what: found[0]} if found else {}
-    there = f"it has {', '.join(source.names[:20])}"
+    if "response" in chosen and ("problem" in chosen or "id" in chosen):
+        return chosen
+    names = source.fields()
+    there = f"it has {', '.join(names[:20])}" + (" and more" if len(names) > 20 else "")
     if "response" not in chosen:
         raise UserError(f"{source.path}: no column holds the responses ({there}): name it with --response-column")
-    if "problem" not in chosen and "id" not in chosen:
-        raise UserError(f"{source.path}: no column tells the questions apart ({there}): name it with --problem-column")
-    return chosen
+    raise UserError(f"{source.path}: no column tells the questions apart ({there}): name it with --problem-column")
 
 
 def read(
@@ -246,7 +288,7 @@ def read(
     """Add a file's responses to `models` (called `name`, or what a model column says unless `renamed`). Returns the
     columns used."""
     chosen = choose_columns(source, named)
-    column = {what: source.read(c) for what, c in chosen.items()}
+    column = {what: source.column(c) for what, c in chosen.items()}
     if not column["response"]:
         raise UserError(f"{source.path}: holds no responses")
     for row, response in enumerate(column["response"]):
@@ -257,12 +299,12 @@ def read(
         if not isinstance(model, str) or not model:
             raise UserError(f"{place}: the model's name is {model!r:.40}, not text")
         into = models.setdefault(model, Responses(str(source.path)))
-        texts = response if isinstance(response, list) else [response]
+        texts = _flat([response])
         if not texts:
             raise UserError(f"{place}: lists no responses")
         for text in texts:
             if not isinstance(text, str):
-                raise UserError(f"{place}: a response is text, this is {text!r:.60}")
+                raise UserError(f"{place}: {_no_response(text, chosen['response'])}")
         into.question += [question] * len(texts)
         into.text += texts
         for what, convert in CONVERT.items():
@@ -271,7 +313,7 @@ def read(
                 found = [found]
             elif found is None:
                 found = [None] * len(texts)
-            elif not isinstance(found, list) or len(found) != len(texts):
+            elif not isinstance(found, list) or len(found := _flat(found)) != len(texts):
                 raise UserError(
                     f"{place}: lists {len(texts)} responses, but column '{chosen[what]}' does not list as many values: "
                     f"--{what}-column - leaves it out"
@@ -283,6 +325,18 @@ def read(
     return chosen
 
 
+def _no_response(found, column: str) -> str:
+    """What is wrong with a response that is no text."""
+    if not isinstance(found, dict) or not found:
+        return f"a response is text, this is {found!r:.60}"
+    fields = _fields(column, found)
+    best = next((f for f in fields if f.rpartition(".")[2] in ("text", "content")), fields[0])
+    return (
+        f"a response is text, but column '{column}' holds objects ({', '.join(fields[:12])}): name the field with the "
+        f"text, as in --response-column {best}"
+    )
+
+
 def _question(value: dict, chosen: dict, named: dict, questions: Questions, place: str) -> str:
     """What tells the row's question apart; its problem and right answer go to `questions`."""
     problem = value.get("problem")
@@ -291,7 +345,8 @@ def _question(value: dict, chosen: dict, named: dict, questions: Questions, plac
     by_text = "problem" in chosen and "id" not in named
     question = problem if by_text else value.get("id")
     if question is None or question == "":
-        raise UserError(f"{place}: the {'problem' if by_text else 'id'} is missing")
+        what = "problem" if by_text else "id"
+        raise UserError(f"{place}: the {what} is missing (column '{chosen[what]}')")
     question = str(question)
     questions.learn(question, "problem", problem, place)
     if value.get("gold") is not None:
@@ -351,6 +406,17 @@ def _named_path(argument: str) -> tuple[str | None, Path]:
     if equals and name and not Path(argument).exists():
         return name, Path(path)
     return None, Path(argument)
+
+
+def know(problems: Sequence[Problem], questions: Questions, models: dict[str, Responses]) -> int:
+    """Take the right answers and the texts of the questions that are among these problems, by id or by text; what the
+    files of responses say is overruled. Returns how many questions that are."""
+    by_name = {name: p for p in problems for name in (p.problem.strip(), p.id)}
+    asked = dict.fromkeys(question for r in models.values() for question in r.question)
+    found = {question: p for question in asked if (p := by_name.get(question.strip()))}
+    for question, p in found.items():
+        questions.gold[question], questions.problem[question] = p.answer, p.problem
+    return len(found)
 
 
 def read_all(

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from rlvd_jax import hub
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.sampling.cache import choose_layout
+from rlvd_jax.sampling.memory import Demand, weight_bytes
 from rlvd_jax.study import DEMO_MODELS, Step, Study
 from rlvd_jax.training.loss import LOGITS_AT_ONCE
 
 PROMPT = 256  # tokens that a prompt is taken to have at most
-SLOTS = 1024  # responses in flight on a device, where memory is no limit
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step: tokens to sample and to train on at most, and device memory in bytes."""
+    """Of one step: tokens to sample and to train on at most, and device memory in bytes, the least that will do and the
+    most that is taken where it is free."""
 
     sampled: float = 0
     trained: float = 0
     memory: float = 0
+    most: float = 0
 
 
 def architecture(study: Study, model: str) -> Qwen2Config:
@@ -44,9 +48,19 @@ def mean_length(study: Study, model: str, problems: str, most: int) -> float:
     return most
 
 
-def sampling_memory(c: Qwen2Config, itemsize: int, length: int, slots: int) -> float:
-    """Bytes on each device: weights, the cache of `slots` responses of `length` positions, and their logits."""
-    return c.parameters * itemsize + slots * (length * c.cache_bytes(itemsize) + 6 * 4 * c.vocab_size)
+def sampling_memory(
+    c: Qwen2Config, itemsize: int, sampling: SamplingConfig, responses: int, device: str
+) -> tuple[float, float]:
+    """(least, most) bytes on each device of a sampler with whole weights: for one response at a time, and with all its
+    slots full of the longest responses. Between the two it fills what is free; on a CPU it does not ask. `auto` is
+    reckoned as a GPU, whose samplers have the most slots."""
+    platform = "gpu" if device == "auto" else device
+    layout = choose_layout(c, jnp.float32 if itemsize == 4 else jnp.bfloat16, platform)
+    tensor = sampling.tensor or 1
+    demand = Demand(c, sampling, layout, itemsize, tensor, PROMPT)
+    weights = weight_bytes(c, itemsize, tensor)
+    most = weights + demand.bytes(demand.plan(responses, np.inf))
+    return most if platform == "cpu" else weights + demand.least, most
 
 
 def training_memory(c: Qwen2Config, itemsize: int, tokens: int, reference: bool) -> float:
@@ -56,11 +70,6 @@ def training_memory(c: Qwen2Config, itemsize: int, tokens: int, reference: bool)
     layer = tokens * (4 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_attention_heads * c.head_dim) * itemsize
     logits = 3 * 4 * min(LOGITS_AT_ONCE, tokens * c.vocab_size)
     return state + tokens * c.num_hidden_layers * c.hidden_size * itemsize + layer + logits
-
-
-def slots(sampling: SamplingConfig, responses: int) -> int:
-    """Responses in flight on a device that has so many to draw."""
-    return min(sampling.slots or SLOTS, responses)
 
 
 def cost(study: Study, step: Step) -> Cost:
@@ -73,8 +82,8 @@ def cost(study: Study, step: Step) -> Cost:
     if step.kind == "respond":
         count = sum(len(s) for s in study.missing(step).values())
         length = mean_length(study, step.model, step.problems, sampling.max_tokens)
-        memory = sampling_memory(c, itemsize, sampling.max_tokens + PROMPT, slots(sampling, count))
-        return Cost(sampled=count * length, memory=memory)
+        least, most = sampling_memory(c, itemsize, sampling, count, config.device)
+        return Cost(sampled=count * length, memory=least, most=most)
     model = config.models[step.model]
     if grpo := model.grpo:
         sampling = config.model_sampling(step.model, grpo.sampling)
@@ -86,24 +95,22 @@ def cost(study: Study, step: Step) -> Cost:
             evaluations = times * len(study.problems(grpo.evaluate_on)) * grpo.evaluate_samples
         row = grpo.row_tokens or sampling.max_tokens + PROMPT
         held = (12 + (itemsize if grpo.kl else 0)) * c.parameters  # weights and moments, and the start model
-        memory = max(
-            training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0),
-            sampling_memory(c, itemsize, sampling.max_tokens + PROMPT, slots(sampling, responses)) + held,
-        )
+        update = training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0)
+        drawing = sampling_memory(c, itemsize, sampling, responses, config.device)
+        least, most = (max(update, held + memory) for memory in drawing)
         drawn = grpo.questions * (grpo.hard_samples or grpo.samples)
         return Cost(
             sampled=(grpo.steps * drawn + evaluations) * length,
             trained=grpo.steps * grpo.updates * responses * length,
-            memory=memory,
+            memory=least,
+            most=most,
         )
     sft = model.sft
     most = config.model_sampling(sft.teacher).max_tokens
     length = mean_length(study, sft.teacher, sft.problems, most)
     examples = len(study.problems(sft.problems)) * min(sft.keep, sft.samples or config.sampling.samples)
-    return Cost(
-        trained=sft.epochs * examples * length,
-        memory=training_memory(c, itemsize, min(sft.max_length, int(sft.batch * length)) * sft.micro_rows, False),
-    )
+    memory = training_memory(c, itemsize, min(sft.max_length, int(sft.batch * length)) * sft.micro_rows, False)
+    return Cost(trained=sft.epochs * examples * length, memory=memory, most=memory)
 
 
 def amount(value: float) -> str:
@@ -150,10 +157,12 @@ def plan(study: Study) -> str:
         if study.done(step):
             rows.append([step.name, "done", "", "", ""])
         else:
-            rows.append([step.name, *cells(study, step, first), size(cost(study, step).memory)])
+            spent = cost(study, step)
+            memory = size(spent.memory) + (f" to {size(spent.most)}" if spent.most > spent.memory else "")
+            rows.append([step.name, *cells(study, step, first), memory])
             first = False
     notes = (
-        f"{TOKENS} Memory is what the largest arrays take with whole weights on each device; the sampler takes fewer "
-        "slots where less is free."
+        f"{TOKENS}\nMemory is what the largest arrays take with whole weights on each device. Of two figures, the "
+        "sampler\nneeds the first and fills what is free, up to the second."
     )
     return f"{study.config.study} in {study.root}\n{table(rows)}\n{notes}"

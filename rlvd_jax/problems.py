@@ -97,7 +97,7 @@ def load(config: ProblemsConfig) -> list[Problem]:
     if config.split and not config.hub:
         raise UserError("split is a setting of hub data sets only: remove it")
     if config.file:
-        source, problems = config.file, _load_file(Path(config.file))
+        source, problems = config.file, read_file(Path(config.file))
     elif config.hub:
         source, problems = config.hub, _load_hub(config.hub, config.split)
     else:
@@ -235,7 +235,8 @@ def _json_lines(data: bytes, name: str) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def _load_file(path: Path) -> list[Problem]:
+def read_file(path: Path) -> list[Problem]:
+    """The problems of a JSON Lines file, in its order; UserError names the line that is wrong."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

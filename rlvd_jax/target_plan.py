@@ -17,6 +17,7 @@ from rlvd_jax.config import GRPOConfig, MeshConfig, SamplingConfig, SFTConfig
 from rlvd_jax.plan import HEADING, PROMPT, TOKENS, architecture, cells, size, table
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh
+from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling.cache import choose_layout, page_size
 from rlvd_jax.sampling.memory import SHARE, Demand, devices_of_model, weight_bytes
 from rlvd_jax.study import Step, Study
@@ -88,19 +89,21 @@ def sampling_part(
     target: targets.Target,
     *,
     held: float = 0,
-    loaded: float = 0,
+    loads: bool = False,
 ) -> Part:
-    """Of drawing so many responses on all devices of a target. held: bytes of each that something else takes; loaded:
-    those that something else takes until the sampler has its weights."""
+    """Of drawing so many responses on all devices of a target. held: bytes of each that something else takes; loads:
+    the model is read for it, split over a host's devices, and given up as the sampler takes its weights."""
     here = len(target.devices) // target.hosts
     tensor = devices_of_model(c, sampling, dtype.itemsize, target.memory, here)
     demand = Demand(c, sampling, choose_layout(c, dtype, "tpu"), dtype.itemsize, tensor, PROMPT)
-    held += weight_bytes(c, dtype.itemsize, tensor)
+    weights = weight_bytes(c, dtype.itemsize, tensor)
+    held += weights
     free = SHARE * target.memory - held
-    least = max(demand.least, loaded)
+    loading = max(0, decoder.loading_bytes(c, dtype.itemsize, tensor, here) - weights) if loads else 0
+    least = max(demand.least, loading)
     if free < least:
         share = f"{size(SHARE * target.memory)} that the sampler may fill"
-        if free < max(demand.least / 8, loaded):
+        if free < max(demand.least / 8, loading):
             said = f"its weights leave no room in the {share}: take chips with more memory"
         else:
             said = f"one response of {demand.length:,} tokens is too long for the {share}: lower sampling.max_tokens"
@@ -112,7 +115,7 @@ def sampling_part(
         said += f", room for {longest:,} of the longest responses" if longest < plan.slots else ""
     if tensor > 1:
         said += f", weights split over {tensor} devices"
-    return Part(held + demand.bytes(plan), True, said)
+    return Part(held + max(demand.bytes(plan), loading), True, said)
 
 
 class TargetPlan:
@@ -132,8 +135,7 @@ class TargetPlan:
         if step.kind == "respond":
             left = sum(len(s) for s in self.study.missing(step).values())
             sampling = config.model_sampling(step.model)
-            loaded = itemsize * c.parameters * self.target.hosts / len(self.target.devices)
-            return {step.name: sampling_part(c, self.dtype, sampling, left, self.target, loaded=loaded)}
+            return {step.name: sampling_part(c, self.dtype, sampling, left, self.target, loads=True)}
         grpo = config.models[step.model].grpo
         if not grpo:
             return {step.name: self.update(step.model, c, 0)}

@@ -144,8 +144,7 @@ class Work:
         if not loaded.sampler:
             loaded.sampler = self.sampler(loaded, self.config.model_sampling(step.model))
             loaded.model, params = self._give_up(loaded)
-            loaded.sampler.load(params)
-            del params  # the sampler's copy is enough
+            loaded.sampler.load(params, give_up=True)  # its own copy is enough
         sampler = loaded.sampler
         if hosts.count() > 1:
             hosts.from_first(there.start_writing)

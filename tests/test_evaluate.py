@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlvd_jax.evaluate import main, parser, pick_samples
+from rlvd_jax.evaluate import PROBLEMS, main, parser, pick_samples
 from rlvd_jax.foreign import Questions, Responses
 
 ROOT = Path(__file__).parents[1]
+NOTE = "The files' own verdicts on 480 of 480 responses are kept; --regrade judges them anew."
 
 
 def write(path, rows):
@@ -43,7 +44,7 @@ def test_two_models_end_to_end(two_models, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert (out / "index.html").stat().st_size > 10_000
     assert f"The page: {out / 'index.html'}" in printed
-    models = results["problems"]["problems"]["models"]
+    models = results["problems"][PROBLEMS]["models"]
     for name, path in zip(("base", "rl"), two_models, strict=True):
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
         right = np.array([row["correct"] for row in rows]).reshape(30, 8)
@@ -53,10 +54,10 @@ def test_two_models_end_to_end(two_models, tmp_path, capsys):
         assert f"{100 * right.mean():.1f} [" in printed
         assert (m["length"]["correct"]["value"], m["length"]["incorrect"]["value"]) == (10, 20)
         assert m["keywords"]["all"]["value"] == 1 and m["truncated"] == 0
-    comparison = results["problems"]["problems"]["comparisons"]["base→rl"]
+    comparison = results["problems"][PROBLEMS]["comparisons"]["base→rl"]
     assert comparison["difference"]["accuracy"]["low"] > 0 and comparison["claim"] == "rl"
     assert "shown: RL raises accuracy." in printed
-    assert results["length_unit"] == "tokens" and results["notes"] == []
+    assert results["length_unit"] == "tokens" and results["notes"] == [NOTE]
     assert results["settings"]["columns"][two_models[0]]["correct"] == "correct"
 
 
@@ -68,7 +69,7 @@ def test_the_real_grader_judges_what_is_not_graded(tmp_path, capsys):
     for option, right in ((["--workers", "1"], 4), (["--workers", "1", "--regrade"], 3)):
         out = tmp_path / str(right)
         assert main([file, "--output", str(out), *option]) == 0
-        m = json.loads((out / "results.json").read_text())["problems"]["problems"]["models"]["m"]
+        m = json.loads((out / "results.json").read_text())["problems"][PROBLEMS]["models"]["m"]
         assert m["accuracy"]["value"] == pytest.approx(right / 6)
         assert m["no_answer"] == pytest.approx(1 / 6)
         # Answers: one half three times, two twice, and none.
@@ -77,7 +78,30 @@ def test_the_real_grader_judges_what_is_not_graded(tmp_path, capsys):
         assert m["length"]["all"]["value"] == pytest.approx(8 / 6)
         assert m["truncated"] is None
         printed = capsys.readouterr().out
+        assert ("Note: The files' own verdicts on 1 of 6 responses are kept" in printed) == (right == 4)
+        page = (out / "index.html").read_text()
+        assert "Length, words" in page and "Lengths are in words: not every" in page and "Length, tokens" not in page
         assert "Note: Lengths are in words" in printed and "Note: m: no response says whether it was cut off" in printed
+
+
+def test_right_answers_from_a_file_of_problems(tmp_path, capsys):
+    """As where vLLM wrote objects and no right answers; questions are found by their text or by their id."""
+    outputs = [{"text": rf"\boxed{{{n}}}", "finish_reason": "stop"} for n in (2, 3)]
+    file = write(tmp_path / "m.jsonl", [{"prompt": "1 + 1", "outputs": outputs}, {"prompt": "b", "outputs": outputs}])
+    problems = write(
+        tmp_path / "p.jsonl",
+        [{"problem": "1 + 1", "answer": "2"}, {"id": "b", "problem": "5 + 5", "answer": "10"}],
+    )
+    options = [file, "--response-column", "outputs.text", "--stop-column", "outputs.finish_reason", "--workers", "1"]
+    assert main(options) == 2
+    assert "name the column with --gold-column, or a file of problems with --problems" in capsys.readouterr().err
+    assert main([*options, "--problems", problems, "--output", str(tmp_path / "out")]) == 0
+    m = json.loads((tmp_path / "out" / "results.json").read_text())["problems"][PROBLEMS]["models"]["m"]
+    assert (m["questions"], m["samples"], m["accuracy"]["value"], m["truncated"]) == (2, 2, 0.25, 0)
+    assert "5 + 5" in (tmp_path / "out" / "index.html").read_text()
+    other = write(tmp_path / "other.jsonl", [{"problem": "elsewhere", "answer": "2"}])
+    assert main([*options, "--problems", other]) == 2
+    assert "other.jsonl, by its text or its id: the first is '1 + 1'" in capsys.readouterr().err
 
 
 def test_models_in_one_file_with_other_questions_and_samples(tmp_path, capsys):

@@ -81,6 +81,39 @@ def test_columns_by_other_names(tmp_path):
     assert models["m"].text == ["one"] and models["m"].tokens == [None] and questions.gold == {"x": "1"}
 
 
+OUTPUTS = [{"text": "x", "n": 3}, {"text": "y", "n": 4}]
+CHOICES = [{"message": {"content": "x"}}, {"message": {"content": "y"}}]
+
+
+@pytest.mark.parametrize(
+    "row, named",
+    [
+        ({"prompt": "p", "gt": "1", "outputs": OUTPUTS}, {"response": "outputs.text", "tokens": "outputs.n"}),
+        (
+            {"doc_id": 0, "doc": {"question": "p"}, "target": "1", "resps": [["x", "y"]], "tokens": [[3, 4]]},
+            {"problem": "doc.question"},
+        ),
+        ({"idx": 0, "question": "p", "gt_cot": "so", "gt": "1", "code": ["x", "y"], "num_tokens": [3, 4]}, {}),
+        (
+            {"id": "1", "custom_id": "p", "gold": 1, "body": {"choices": CHOICES}, "tokens": [3, 4]},
+            {"response": "body.choices.message.content"},
+        ),
+    ],
+    ids=["vllm", "lm-eval", "qwen2.5-math", "openai"],
+)
+def test_what_other_engines_write(tmp_path, row, named):
+    models, questions, _ = read_all([write(tmp_path / "a.jsonl", [row])], named)
+    r = models["a"]
+    assert (r.question, r.text, r.tokens) == (["p", "p"], ["x", "y"], [3, 4]) and questions.gold == {"p": "1"}
+
+
+def test_objects_in_parquet(tmp_path):
+    path = tmp_path / "b.parquet"
+    outputs = [[{"text": "x"}, {"text": "y"}]]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p"], "outputs": outputs}), path)
+    assert read_all([str(path)], {"response": "outputs.text"})[0]["b"].text == ["x", "y"]
+
+
 def test_questions_by_id(tmp_path):
     rows = [ROW | {"id": "a", "problem": "same"}, ROW | {"id": "b", "problem": "same", "answer": "3"}]
     file = write(tmp_path / "a.jsonl", rows)
@@ -126,6 +159,16 @@ def test_our_own_response_sets(tmp_path):
         ([ROW], {"gold": "anwser"}, r"has no column 'anwser' \(did you mean 'answer'\?\)"),
         ([ROW, {"problem": "x"}], {}, "line 2: a response is text, this is None"),
         ([ROW | {"response": []}], {}, "line 1: lists no responses"),
+        ([ROW | {"response": [[]]}], {}, "line 1: lists no responses"),
+        (
+            [ROW | {"response": [{"n": 0, "is": {"content": "x"}}]}],
+            {},
+            r"line 1: .* holds objects \(response.n, response.is.content\): .* --response-column response.is.content",
+        ),
+        ([ROW], {"response": "doc.text"}, "has no column 'doc.text'"),
+        ([ROW | {"doc": {"text": "x"}}], {"response": "doc.txt"}, "line 1: a response is text, this is None"),
+        ([{"doc": {"q": "x"}, "reply": ["y"]}], {}, r"no column holds the responses \(it has doc.q, reply\)"),
+        ([ROW | {"doc": {"q": "x"}}], {"problem": "doc.p"}, r"line 1: the problem is missing \(column 'doc.p'\)"),
         ([ROW, ROW | {"problem": None}], {}, "line 2: the problem is missing"),
         ([ROW | {"answer": " "}], {}, "line 1: the right answer is empty"),
         ([ROW | {"answer": ["1", "2"]}], {}, "line 1: column 'answer' does not hold one right answer"),

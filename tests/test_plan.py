@@ -9,7 +9,7 @@ import pytest
 import tiny_study
 
 from rlvd_jax import config
-from rlvd_jax.plan import amount, cost, plan, sampling_memory, training_memory
+from rlvd_jax.plan import amount, cost, plan, sampling_memory, size, training_memory
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.responses import Response
 from rlvd_jax.study import Step, Study
@@ -44,7 +44,7 @@ def test_the_plan_of_a_study_that_has_not_run(here):
     assert rows["train base-from-base"][1] == "512"  # 2 epochs × 8 questions × 4 responses × 8 tokens
     assert rows["train reasoning-only"][1] == "256"
     assert not (here / "runs").exists(), "planning leaves no trace"
-    assert max(map(len, text.splitlines()[:-1])) <= 120
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_what_is_done_and_what_is_partly_there(here):
@@ -106,18 +106,27 @@ def test_costs_at_the_papers_size(tmp_path):
     assert weights == 3_085_938_688
     step = cost(s, Step("respond", "base", "test", 256))
     assert (step.sampled, step.trained) == (500 * 256 * 4000, 0)
-    # bfloat16 weights, and for each of 1,024 slots keys and values of 4,256 positions in 36 layers, 2 heads of 128
-    cache = 1024 * 4256 * 36 * 2 * 2 * 128 * 2
-    assert step.memory == pytest.approx(2 * weights + cache, rel=0.03) and step.memory > 2 * weights + cache
+    # bfloat16 weights, and keys and values of 4,288 positions in 36 layers, 2 heads of 128: of one response, to which
+    # pages add as many, or of all of a GPU's slots
+    cache = 4288 * 36 * 2 * 2 * 128 * 2
+    assert 2 * weights + 2 * cache < step.memory < 2 * weights + 2 * cache + 2**27
+    assert step.most == pytest.approx(2 * weights + 2048 * cache, rel=0.03) and step.most > 2 * weights + 2048 * cache
     fewer = cost(paper(tmp_path, "sampling.slots=64"), Step("respond", "base", "test", 256))
-    assert fewer.memory == pytest.approx(2 * weights + cache / 16, rel=0.03)
+    assert fewer.memory == step.memory and fewer.most == pytest.approx(2 * weights + 64 * cache, rel=0.03)
+    assert cost(paper(tmp_path, "device=auto"), Step("respond", "base", "test", 256)) == step
+    tpu = cost(paper(tmp_path, "device=tpu"), Step("respond", "base", "test", 256))
+    assert tpu.most == pytest.approx(2 * weights + 1024 * cache, rel=0.03)
+    row = next(x for x in plan(s).splitlines() if x.startswith("sample base on test"))
+    assert row.endswith(f"{size(step.memory)} to {size(step.most)}")
 
     step = cost(s, Step("train", "rl"))
     assert step.sampled == (225 * 280 + 10 * 500 * 10) * 4000  # evaluated at step 0, 25, ..., 225
     assert step.trained == 225 * 280 * 4000
     # The training state is 12 bytes a weight at least while it samples, 16 and activations while it trains.
     assert step.memory > 16 * weights
-    assert step.memory == max(training_memory(BIG, 2, 4256, False), sampling_memory(BIG, 2, 4256, 280) + 12 * weights)
+    update = training_memory(BIG, 2, 4256, False)
+    least, most = sampling_memory(BIG, 2, s.config.sampling, 280, "gpu")
+    assert (step.memory, step.most) == (max(update, least + 12 * weights), most + 12 * weights)
     twice = cost(paper(tmp_path, "models.rl.grpo.updates=2"), Step("train", "rl"))
     assert (twice.sampled, twice.trained) == (step.sampled, 2 * step.trained)
     hard = cost(paper(tmp_path, "models.rl.grpo.hard_samples=40"), Step("train", "rl"))
@@ -129,18 +138,19 @@ def test_costs_at_the_papers_size(tmp_path):
         plain, reference = (
             cost(paper(tmp_path, own, f"models.rl.grpo.kl={kl}"), Step("train", "rl")) for kl in (0, 0.1)
         )
-        assert reference.memory == plain.memory + 2 * weights
+        assert reference.memory == plain.memory + 2 * weights and reference.most == plain.most + 2 * weights
 
     step = cost(s, Step("train", "pupil"))
     assert (step.sampled, step.trained) == (0, 5 * 7500 * 8 * 4000)
     # Float32 weights, gradient and two moments, the bfloat16 copy, and for 16,000 tokens the residual stream of 36
     # layers and three blocks of logits at most.
     state = 18 * weights + 16000 * 36 * 2048 * 2
-    assert state < step.memory < state + 3 * 2**29 + 4 * 2**30
+    assert state < step.memory < state + 3 * 2**29 + 4 * 2**30 and step.most == step.memory
     assert training_memory(BIG, 4, 4096, False) > training_memory(BIG, 2, 4096, False) - 2 * weights
 
     slow = paper(tmp_path, "device=cpu")  # float32 there
-    assert cost(slow, Step("respond", "base", "test", 256)).memory == pytest.approx(4 * weights + 2 * cache, rel=0.03)
+    step = cost(slow, Step("respond", "base", "test", 256))
+    assert step.memory == step.most == pytest.approx(4 * weights + 1024 * 2 * cache, rel=0.03)
 
 
 def test_amounts():

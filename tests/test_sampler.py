@@ -212,6 +212,30 @@ ON_EIGHT = """
 """
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_that_are_given_up(model, dtype):
+    """They are deleted, and what is made of them is not: in the same dtype it might be the same memory."""
+    sampler = Sampler(model.config, SETTINGS, NEVER, dtype=dtype)
+    given = jax.tree.map(jnp.copy, params_of(model))
+    sampler.load(given, give_up=True)
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+    taken = sampler.weights
+    sampler.load(params_of(model))
+    for ours, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(sampler.weights), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params_of(model)))
+
+
+def test_few_layers_at_a_time(model, monkeypatch):
+    c = model.config
+    each = 2 * c.hidden_size * c.intermediate_size * 4
+    assert decoder.layers_at_once(c, 4, "layers/gate_up") == c.num_hidden_layers > 1
+    expected = make_sampler(model).weights
+    monkeypatch.setattr(decoder, "AT_ONCE", each)
+    assert decoder.layers_at_once(c, 4, "layers/gate_up") == 1
+    jax.tree.map(np.testing.assert_array_equal, make_sampler(model).weights, expected)
+
+
 def test_devices_do_not_matter(model, ends):
     """Eight devices of three slots that share questions; weights from one device, and in parts from all."""
     requests = some_requests(samples=13)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import os
 import re
@@ -14,6 +15,7 @@ from rlvd_jax.config import GRPOConfig, MeshConfig, SamplingConfig, SFTConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.plan import size
 from rlvd_jax.qwen2 import Qwen2Config
+from rlvd_jax.sampling import decoder
 from rlvd_jax.target_plan import choose_mesh, largest_batch, plan_on, sampling_part
 
 GIB = 2**30
@@ -94,10 +96,15 @@ def test_sampling():
     full = sampling_on(BIG, taken={"held": 0.92 * memory - weights + 1})
     assert not full.fits and "its weights leave no room in the 14.5 GiB" in full.said
     assert full.memory > 0.92 * memory
-    # Beside the sampler's are the weights as they were loaded, for a while.
-    once = {"loaded": 0.92 * memory - weights}
-    assert sampling_on(BIG, taken=once) == part
-    assert "take chips with more memory" in sampling_on(BIG, taken={"loaded": once["loaded"] + 1}).said
+    # While it takes weights, more may be there than while it draws.
+    assert sampling_on(BIG, taken={"loads": True}) == part
+    loading = decoder.loading_bytes(BIG, 2, 8, 8)
+    small = {"chips": 8, "tensor": 8, "responses": 16, "max_tokens": 64, "memory": 1.01 * loading / 0.92}
+    drawing, loads = sampling_on(BIG, **small), sampling_on(BIG, taken={"loads": True}, **small)
+    assert loads == dataclasses.replace(drawing, memory=loading) and drawing.memory < loading
+    small["memory"] = 0.99 * loading / 0.92
+    loads = sampling_on(BIG, taken={"loads": True}, **small)
+    assert not loads.fits and loads.memory == loading and "take chips with more memory" in loads.said
     short = sampling_on(BIG, taken={"held": 0.92 * memory - weights - 2 * length * position}, responses=20)
     assert not short.fits
     assert "one response of 4,288 tokens is too long for the 14.5 GiB that the sampler may fill: lower" in short.said

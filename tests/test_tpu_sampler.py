@@ -17,9 +17,11 @@ from test_sampler import TIED, forced, run, some_requests
 from tiny_qwen2 import params_of, random_model
 
 from rlvd_jax import targets
-from rlvd_jax.config import SamplingConfig
+from rlvd_jax.config import MeshConfig, SamplingConfig
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2.layers import rope_table
+from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
+from rlvd_jax.qwen2.weights import by_path
 from rlvd_jax.sampling import Sampler, cache, decoder
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, weight_bytes
@@ -59,7 +61,7 @@ class Programs:
         self.plan = self.demand.plan(100_000, free)
 
         model = nnx.eval_shape(lambda: Qwen2(c, param_dtype=jnp.bfloat16))
-        weights = jax.eval_shape(device.decode_weights(p), nnx.state(model, nnx.Param))
+        weights = jax.eval_shape(lambda params: device.decode_weights(p, params), nnx.state(model, nnx.Param))
         specs = jax.tree.leaves(decoder.specs(c, tensor), is_leaf=lambda x: isinstance(x, P))
         leaves, tree = jax.tree.flatten(weights)
         self.weights = tree.unflatten([self.like(x, spec) for x, spec in zip(leaves, specs, strict=True)])
@@ -159,6 +161,36 @@ def test_prompts(whole):
     memory = program.memory_analysis()
     assert_in_place(whole, program.as_text(), memory)
     assert memory.temp_size_in_bytes < whole.bytes(whole.pool) / whole.c.num_hidden_layers
+
+
+@needs_libtpu
+def test_taking_weights_as_they_are_given_up():
+    """A host's devices read a model split over them and share it in another way to sample: they hold as much as is
+    reckoned, which fits, and both models whole would not."""
+    target = targets.find("v5e-8")
+    c, tensor = QWEN["32B"], len(target.devices)
+    read = make_mesh(MeshConfig(fsdp=tensor), target.devices)
+    mesh = Mesh(np.array(target.devices).reshape(1, tensor), ("data", decoder.AXIS), axis_types=(AxisType.Auto,) * 2)
+    params = nnx.state(nnx.eval_shape(lambda: Qwen2(c, param_dtype=jnp.bfloat16)), nnx.Param)
+    of_model, shardings = by_path(params), param_shardings(c, read)
+    for path, x in of_model.items():
+        of_model[path] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path])
+
+    def size(x):
+        return np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    left, made, most = sum(map(size, of_model.values())), 0, 0
+    for part, paths in decoder.parts(c).items():
+        count = decoder.layers_at_once(c, 2, part)
+        taken = {path: of_model[path] for path in paths}
+        make = device._decode_part(mesh, c, jnp.dtype(jnp.bfloat16), part, count)
+        memory = compiled(make.trace(taken, 0)).memory_analysis()
+        pieces = c.num_hidden_layers // count if part.startswith("layers/") else 1
+        made += pieces * memory.output_size_in_bytes
+        most = max(most, left + made + memory.temp_size_in_bytes)
+        left -= sum(map(size, taken.values()))
+    assert most == pytest.approx(decoder.loading_bytes(c, 2, tensor, tensor), rel=0.03)
+    assert most < SHARE * target.memory < target.memory < 2 * c.parameters / tensor + made
 
 
 @pytest.mark.slow

@@ -485,9 +485,11 @@ def entropy(comparison: dict, models: dict, look: dict[str, Look], subtitle: str
     return figure
 
 
-def style_by_correctness(comparison: dict, models: dict, look: dict[str, Look], what: str, subtitle: str) -> Figure:
-    """Mean `what` ("length", in tokens, or "keywords") of correct and of incorrect responses, overall and by the base
-    model's successes."""
+def style_by_correctness(
+    comparison: dict, models: dict, look: dict[str, Look], what: str, unit: str, subtitle: str
+) -> Figure:
+    """Mean `what` ("length" or "keywords"), in units of that name, of correct and of incorrect responses, overall and
+    by the base model's successes."""
     base, other = _two(comparison, look)
     table = comparison["style"]
     title = {"length": "Response length", "keywords": "Reflection phrases"}[what]
@@ -502,7 +504,7 @@ def style_by_correctness(comparison: dict, models: dict, look: dict[str, Look], 
     ax.set_xticks(x, ["all", *table["labels"]])
     ax.axvline(0.7, color=GRID, linewidth=0.8)
     ax.set_xlim(-0.6, x[-1] + 0.6)
-    ax.set_ylabel("tokens" if what == "length" else "phrases in a response")
+    ax.set_ylabel(unit if what == "length" else f"{unit} in a response")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     ax.grid(axis="y")
     ax.set_xlabel("correct responses of the base model", labelpad=3)

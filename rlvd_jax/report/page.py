@@ -94,6 +94,8 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
         "recipes": [_recipe(m, results) for m in names],
         "problems": problems,
         "published": any(row["published"] for p in problems for row in p["rows"]),
+        "length_unit": results.get("length_unit", "tokens"),
+        "remarks": results.get("notes") or (),
         "notes": _notes(results, {row["model"] for p in problems for row in p["rows"] if row["published"]}),
         "distillation": _distillation(results),
         "progress": progress,
@@ -150,12 +152,12 @@ def _contents(context) -> list[dict]:
 def _facts(results) -> list[tuple[str, str]]:
     problems = results["problems"].values()
     models = {m for p in problems for m in p["models"]}
-    responses = sum(m["responses"] for p in problems for m in p["models"].values())
-    facts = [
-        (f"{len(models):,}", "model" if len(models) == 1 else "models"),
-        (f"{sum(p['questions'] for p in problems):,}", "questions"),
-        (f"{responses:,}", "responses"),
-    ]
+    counts = {
+        "model": len(models),
+        "question": sum(p["questions"] for p in problems),
+        "response": sum(m["responses"] for p in problems for m in p["models"].values()),
+    }
+    facts = [tuple(prose.counted(n, noun).split()) for noun, n in counts.items()]
     if results.get("created"):
         try:
             date = datetime.fromisoformat(results["created"])
@@ -333,9 +335,9 @@ def _comparison(problems: str, pair: str, c: dict, models: dict, look, draw: Dra
         draw(figures.transitions(c, look, what), prose.transitions(c, published.get("moves")), *stem, "transitions"),
         draw(figures.entropy(c, models, look, what), prose.entropy(c, models), *stem, "entropy"),
     ]
-    for measure in ("length", "keywords"):
-        figure = figures.style_by_correctness(c, models, look, measure, what)
-        drawn.append(draw(figure, prose.style_by_correctness(c, models, measure), *stem, measure))
+    for measure, unit in (("length", results.get("length_unit", "tokens")), ("keywords", "phrases")):
+        figure = figures.style_by_correctness(c, models, look, measure, unit, what)
+        drawn.append(draw(figure, prose.style_by_correctness(c, models, measure, unit), *stem, measure))
     both = [models[m] | {"pass": figures.pass_estimate(models[m], c["k"])} for m in (base, other)]
     return {
         "id": f"comparison-{slug(*stem)}",

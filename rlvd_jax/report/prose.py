@@ -48,7 +48,8 @@ def summary(results: dict) -> list[str]:
     responses = sum(m["responses"] for p in problems.values() for m in p["models"].values())
     names = {m for p in problems.values() for m in p["models"]}
     sets = listed(f"{counted(p['questions'], 'question')} of {name}" for name, p in problems.items())
-    sentences = [f"{counted(responses, 'response')} of {counted(len(names), 'model')} to {sets} were judged."]
+    were = "was" if responses == 1 else "were"
+    sentences = [f"{counted(responses, 'response')} of {counted(len(names), 'model')} to {sets} {were} judged."]
     name = headline(results)
     known = {m: r for m, r in problems[name]["models"].items() if value_of(r["accuracy"]) is not None} if name else {}
     if known:
@@ -201,8 +202,8 @@ def entropy(c: dict, models: dict) -> str:
     return text
 
 
-def style_by_correctness(c: dict, models: dict, what: str) -> str:
-    digits, unit = (1, "tokens") if what == "length" else (2, "phrases")
+def style_by_correctness(c: dict, models: dict, what: str, unit: str) -> str:
+    digits = 1 if what == "length" else 2
     parts = []
     for key in ("base", "other"):
         right, wrong = (value_of(models[c[key]][what][kind]) for kind in ("correct", "incorrect"))

@@ -10,6 +10,7 @@ and its part of the vocabulary, and sums what it adds to the residual stream wit
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -20,10 +21,11 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import attention
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate, swiglu
-from rlvd_jax.qwen2.weights import by_path
+from rlvd_jax.qwen2.model import layer_weights, top_weights
 from rlvd_jax.sampling import cache, gpu
 
 AXIS = "tensor"  # of the mesh
+AT_ONCE = 1 << 28  # bytes of weights, of all devices together, that are laid out anew at a time
 
 
 def check_split(c: Qwen2Config, tensor: int) -> None:
@@ -41,50 +43,103 @@ def kv_heads(c: Qwen2Config, tensor: int) -> int:
     return max(c.num_key_value_heads, tensor)
 
 
-def decode_weights(params, c: Qwen2Config, dtype, tensor: int = 1) -> dict:
-    """The decoder's weights in `dtype` from a model's state (traceable: jit it with the shardings of `specs`)."""
-    by_name = by_path(params)
-    stack = {name.removeprefix("layers/"): value for name, value in by_name.items() if name.startswith("layers/")}
+PARTS = {
+    "gate_up": ("gate", "up"),
+    "qkv": ("q", "k", "v"),
+    "down": ("down",),
+    "o": ("o",),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "input_norm": ("input_norm",),
+    "post_norm": ("post_norm",),
+}
+"""A layer's weights here, and which of the model's they are made of."""
 
-    def split(w, name):  # [..., columns] → [..., tensor, columns of a device]
-        x = w[name]
-        if name in ("k", "v", "k_bias", "v_bias") and tensor > c.num_key_value_heads:
-            x = x.reshape(*x.shape[:-1], c.num_key_value_heads, c.head_dim)
+
+def parts(c: Qwen2Config) -> dict[str, tuple[str, ...]]:
+    """The decoder's weights, those of all layers as one, and the paths in the model's state that each is made of."""
+    top = {name: (name,) for name in ("lm_head", "embedding", "final_norm")}
+    if c.tie_word_embeddings:
+        del top["lm_head"]
+    return {f"layers/{name}": tuple(f"layers/{s}" for s in sources) for name, sources in PARTS.items()} | top
+
+
+def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dtype, tensor: int):
+    """One of `parts` in `dtype`, or a list of it of `count` layers from `start` on, from the weights of a model's state
+    that it is made of, by path (traceable)."""
+
+    def split(path, x):  # [..., columns] → [..., tensor, columns of a device]
+        lead = x.shape[:-1]
+        if path.removesuffix("_bias") in ("layers/k", "layers/v") and tensor > c.num_key_value_heads:
+            x = x.reshape(*lead, c.num_key_value_heads, c.head_dim)
             x = jnp.repeat(x, tensor // c.num_key_value_heads, axis=-2)
-        return x.reshape(*w[name].shape[:-1], tensor, -1)
+        return x.reshape(*lead, tensor, -1)
 
-    def join(w, *names):  # a device's columns of each, side by side
-        x = jnp.concatenate([split(w, name) for name in names], axis=-1)
+    def join(values):  # a device's columns of each, side by side
+        if len(values) == 1:
+            return values[0]
+        x = jnp.concatenate([split(path, x) for path, x in zip(paths, values, strict=True)], axis=-1)
         return x.reshape(*x.shape[:-2], -1)
 
-    layers = []
-    for i in range(c.num_hidden_layers):
-        w = {name: value[i].astype(dtype) for name, value in stack.items()}
-        layers.append(
-            {
-                "input_norm": w["input_norm"],
-                "qkv": join(w, "q", "k", "v"),
-                "qkv_bias": join(w, "q_bias", "k_bias", "v_bias"),
-                "o": w["o"],
-                "post_norm": w["post_norm"],
-                "gate_up": join(w, "gate", "up"),
-                "down": w["down"],
-            }
-        )
-    embedding = by_name["embedding"].astype(dtype)
-    weights = {"layers": layers, "embedding": embedding, "final_norm": by_name["final_norm"].astype(dtype)}
-    if not c.tie_word_embeddings:
-        weights["lm_head"] = by_name["lm_head"].astype(dtype)
-    return weights
+    paths = parts(c)[part]
+    if not part.startswith("layers/"):
+        return sources[part].astype(dtype)
+    stacks = [jax.lax.dynamic_slice_in_dim(sources[path], start, count) for path in paths]
+    return [join([stack[i].astype(dtype) for stack in stacks]) for i in range(count)]
+
+
+def layers_at_once(c: Qwen2Config, itemsize: int, part: str) -> int:
+    """How many layers of a part are made together: to split weights anew takes their size in memory, and more."""
+    if not part.startswith("layers/"):
+        return 1
+    each = itemsize * sum(_size(c, path) for path in parts(c)[part])
+    layers = c.num_hidden_layers
+    return max(n for n in range(1, layers + 1) if layers % n == 0 and (n == 1 or n * each <= AT_ONCE))
+
+
+def _size(c: Qwen2Config, path: str) -> int:
+    """Numbers in a weight of the model; of one layer, where it is of layers."""
+    weights = {f"layers/{name}": w for name, w in layer_weights(c).items()} | top_weights(c)
+    return math.prod(weights[path].shape)
+
+
+def loading_bytes(c: Qwen2Config, itemsize: int, tensor: int, here: int) -> float:
+    """The most that a device holds while the decoder's weights are made of a model's that is split over `here` devices
+    and given up on the way: what is left of it, what is made, and what is being made once more while it is brought
+    together on each device, or twice more where it is split anew (as compiled for TPUs)."""
+    left, made, most = itemsize * c.parameters / here, 0.0, 0.0
+    for part, paths in parts(c).items():
+        layers = c.num_hidden_layers if part.startswith("layers/") else 1
+        taken = itemsize * layers * sum(_size(c, path) for path in paths)
+        whole = spec(c, tensor, part) == P()
+        new = taken / (1 if whole else tensor)
+        made += new
+        beside = (1 if whole else 2) * new * layers_at_once(c, itemsize, part) / layers if here > 1 else 0
+        most = max(most, left + made + beside)
+        left -= taken / here
+    return most
+
+
+def spec(c: Qwen2Config, tensor: int, part: str) -> P:
+    """How one of `parts` is split over the mesh: columns of what reads the residual stream, rows of what adds."""
+    columns, rows = P(None, AXIS), P(AXIS)
+    split = {"layers/qkv": columns, "layers/qkv_bias": rows, "layers/o": rows}
+    split |= {"layers/gate_up": columns, "layers/down": rows}
+    return split.get(part, rows if part == "lm_head" and _vocab_is_split(c, tensor) else P())
+
+
+def assemble(c: Qwen2Config, made: dict) -> dict:
+    """The decoder's weights from its parts, or what holds of each layer's from what holds of each part."""
+    layers = {name: made[f"layers/{name}"] for name in PARTS}
+    whole = {name: value for name, value in made.items() if not name.startswith("layers/")}
+    each = [
+        {name: x[i] if isinstance(x, list) else x for name, x in layers.items()} for i in range(c.num_hidden_layers)
+    ]
+    return {"layers": each} | whole
 
 
 def specs(c: Qwen2Config, tensor: int) -> dict:
-    """How `decode_weights` are split over the mesh: columns of what reads the residual stream, rows of what adds."""
-    columns, rows = P(None, AXIS), P(AXIS)
-    layer = {"input_norm": P(), "qkv": columns, "qkv_bias": P(AXIS), "o": rows}
-    layer |= {"post_norm": P(), "gate_up": columns, "down": rows}
-    weights = {"layers": [layer] * c.num_hidden_layers, "embedding": P(), "final_norm": P()}
-    return weights if c.tie_word_embeddings else weights | {"lm_head": rows if _vocab_is_split(c, tensor) else P()}
+    """How the decoder's weights are split over the mesh."""
+    return assemble(c, {part: spec(c, tensor, part) for part in parts(c)})
 
 
 def _vocab_is_split(c: Qwen2Config, tensor: int) -> bool:

@@ -112,11 +112,12 @@ class Sampler:
         self.counts: dict[str, int] = {}
         """Of the last `sample`: slots at the start, steps and rounds of the devices, responses given up."""
 
-    def load(self, params) -> None:
-        """Take weights: cast to the sampler's dtype and laid out for decoding, on each device group."""
+    def load(self, params, give_up: bool = False) -> None:
+        """Take weights: cast to the sampler's dtype and laid out for decoding, on each device group. give_up: `params`
+        are of no further use and are deleted, each weight as soon as it is taken, so that both never fill memory."""
         if jax.tree.leaves(params)[0].sharding.device_set != set(self.devices):
-            params = jax.device_put(params, NamedSharding(self.mesh, P()))
-        self.weights = device.decode_weights(self.program)(params)
+            params, give_up = jax.device_put(params, NamedSharding(self.mesh, P())), False
+        self.weights = device.decode_weights(self.program, params, give_up)
 
     def release(self) -> None:
         """Give the weights' memory back until the next `load`."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlvd_jax.qwen2.config import Qwen2Config
+from rlvd_jax.qwen2.weights import by_path
 from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling.filters import draw
@@ -56,13 +57,31 @@ class Slots(NamedTuple):
 
 
 @cache
-def decode_weights(p: Program):
-    """The jitted function from a model's state to the decoder's weights on the mesh."""
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(p.mesh, spec), decoder.specs(p.config, p.tensor), is_leaf=lambda x: isinstance(x, P)
-    )
-    laid_out = partial(decoder.decode_weights, c=p.config, dtype=p.dtype, tensor=p.tensor)
-    return jax.jit(laid_out, out_shardings=shardings)
+def _decode_part(mesh: Mesh, c: Qwen2Config, dtype, part: str, count: int):
+    """The jitted `decoder.decode_part`; of less than a program, which other settings of sampling share."""
+    tensor = mesh.shape[decoder.AXIS]
+    laid_out = partial(decoder.decode_part, part=part, count=count, c=c, dtype=dtype, tensor=tensor)
+    return jax.jit(laid_out, out_shardings=NamedSharding(mesh, decoder.spec(c, tensor, part)))
+
+
+def decode_weights(p: Program, params, give_up: bool = False) -> dict:
+    """The decoder's weights on the mesh from a model's state, a part at a time, some layers at once. give_up: the state
+    is of no further use, and the memory of each of its weights is given back before the next is taken."""
+    of_model, made = by_path(params), {}
+    for part, sources in decoder.parts(p.config).items():
+        taken = {path: of_model[path] for path in sources}
+        count = decoder.layers_at_once(p.config, p.dtype.itemsize, part)
+        make = _decode_part(p.mesh, p.config, p.dtype, part, count)
+        if part.startswith("layers/"):
+            starts = range(0, p.config.num_hidden_layers, count)
+            made[part] = [layer for start in starts for layer in make(taken, start)]
+        else:
+            made[part] = make(taken, 0)
+        if give_up:
+            jax.block_until_ready(made[part])
+            for x in taken.values():
+                x.delete()
+    return decoder.assemble(p.config, made)
 
 
 @partial(jax.jit, static_argnums=range(3))
