@@ -409,21 +409,21 @@ def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
 
 
 def test_slots_that_fit_in_memory():
-    """Whole sixteens where there is room, no more than asked for or needed, and a sentence where none fits."""
+    """A few numbers of slots where there is room, about as many as asked for or needed, and a sentence where none fits."""
     config = dataclasses.replace(TIED, max_position_embeddings=512)
     # A prompt of up to 128 and 80 tokens, in whole 64s.
     each = 256 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size
 
-    def plan(responses, slots=None, room=None, devices=1, layout="plain"):
+    def plan(responses, slots=None, room=None, devices=1, layout="plain", prompt=128):
         settings = SETTINGS.model_copy(update={"slots": slots})
         sampler = Sampler(config, settings, (), layout=layout)
         stats = None if room is None else {"bytes_limit": (room * each + 1000) / 0.92, "bytes_in_use": 990}
         sampler.devices = [SimpleNamespace(memory_stats=lambda: stats)] * devices
         sampler.mesh = SimpleNamespace(shape={"data": devices})
-        return sampler.plan(128, responses)
+        return sampler.plan(prompt, responses)
 
     assert plan(5000).slots == 1024
-    assert plan(100).slots == 112
+    assert [plan(n).slots for n in (33, 100, 280)] == [64, 128, 288]
     assert plan(100, devices=8).slots == 16
     assert plan(100, slots=50).slots == 50
     assert plan(3, slots=50).slots == 16
@@ -444,6 +444,11 @@ def test_slots_that_fit_in_memory():
     assert 0.8 * 40.5 * each < used + prefilled <= 40.5 * each + 10
     with pytest.raises(UserError, match="lower max_tokens"):
         plan(10, room=2.5, layout="interpret")
+    # Short prompts have the programs of longer ones, unless memory is too short for that.
+    assert plan(5000, prompt=9, layout="interpret") == most
+    config = dataclasses.replace(config, max_position_embeddings=4096)
+    assert plan(10, prompt=9, room=7, layout="interpret").length == 128
+    assert plan(10, prompt=9, room=300, layout="interpret").length == 1152  # 1,024 and 80, in whole 64s
 
 
 # ---- pages, and the kernels that read them ---------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_sampling():
     part = sampling_on(BIG)
     assert part.fits and 0.92 * memory - 64 * position < part.memory <= 0.92 * memory  # all that there is, in pages
     slots, longest = map(int, re.fullmatch(r"(\d+) slots, room for (\d+) of the longest responses", part.said).groups())
-    prompts = 8 * 256 * position
+    prompts = 8 * 512 * position
     assert longest == (0.92 * memory - weights - prompts - slots * logits) // (64 * position) * 64 // length
     assert slots % 16 == 0 and 16 < longest < slots
     few = sampling_on(BIG, responses=20)
@@ -118,13 +118,13 @@ def test_sampling_by_several_devices_together():
     part = sampling_on(huge, chips=16, hosts=2, memory=31.25 * GIB, responses=320)
     embedding = 152064 * 5120
     weights = 2 * (embedding + (huge.parameters - embedding) / 4)
-    pages = (0.92 * 31.25 * GIB - weights - 80 * 3 * 4 * 152064) / (64 * 2 * 2 * 128 * 2) - 8 * 256
+    pages = (0.92 * 31.25 * GIB - weights - 96 * 3 * 4 * 152064) / (64 * 2 * 2 * 128 * 2) - 8 * 512
     longest = int(pages // 4288)
     assert part.fits
-    assert part.said == f"80 slots, room for {longest} of the longest responses, weights split over 4 devices"
+    assert part.said == f"96 slots, room for {longest} of the longest responses, weights split over 4 devices"
     alone = sampling_on(huge, chips=16, hosts=16, memory=31.25 * GIB)
     assert not alone.fits and "take chips with more memory" in alone.said
-    assert sampling_on(BIG, chips=4, tensor=2, responses=96).said.startswith("48 slots")
+    assert sampling_on(BIG, chips=4, tensor=2, responses=96).said.startswith("64 slots")
     with pytest.raises(UserError, match=r"sampling\.tensor is 4, which does not divide the 2 devices"):
         sampling_on(BIG, chips=4, hosts=2, tensor=4)
 

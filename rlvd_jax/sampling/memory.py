@@ -20,9 +20,22 @@ SHARE = 0.92  # of a device's memory, which the sampler fills at most
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
 
-def bucket(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n and `least`: bounds how many shapes are compiled."""
-    return max(least, 1 << (n - 1).bit_length())
+def bucket(n: int, least: int = 16, factor: int = 2) -> int:
+    """The smallest of least, least * factor, least * factor², … that is at least n: bounds how many shapes are
+    compiled."""
+    while least < n:
+        least *= factor
+    return least
+
+
+def prefill_length(longest: int, layout: cache.Layout) -> int:
+    """Tokens that prompts of up to `longest` are padded to. Where compiling takes long there are few such lengths."""
+    return bucket(longest) if layout == "plain" else bucket(longest, max(128, cache.page_size(layout)), 4)
+
+
+def slots_for(responses: int) -> int:
+    """Slots for so many responses: few numbers, as programs are compiled for each."""
+    return bucket(responses) if responses <= 64 else -(-responses // 32) * 32
 
 
 def weight_bytes(c: Qwen2Config, itemsize: int, tensor: int) -> float:
@@ -82,7 +95,7 @@ class Demand:
         """Keys and values of a prefill, before they are copied into pages."""
         if self.layout == "plain":
             return 0
-        return PREFILL * bucket(self.longest_prompt, cache.page_size(self.layout)) * self.position
+        return PREFILL * prefill_length(self.longest_prompt, self.layout) * self.position
 
     @property
     def least(self) -> float:
@@ -100,7 +113,7 @@ class Demand:
             )
         length, position, paged = self.length, self.position, self.layout != "plain"
         most = self.settings.slots or MAX_SLOTS[self.layout]
-        slots = min(-(-responses // 16) * 16, most)
+        slots = min(slots_for(responses), most)
         free -= self.prompts
         # With pages, a slot is worth having where there is room for a short response; the pool does the rest.
         each = (min(length, 256) if paged else length) * position + self.work

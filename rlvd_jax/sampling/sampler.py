@@ -36,9 +36,10 @@ from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.books import Group, Plan
-from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model
+from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model, prefill_length
 from rlvd_jax.sampling.slots import LOG
 
+COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
 
 
@@ -131,9 +132,15 @@ class Sampler:
             free = SHARE * stats["bytes_limit"] - stats["bytes_in_use"]
             # In coarse steps: programs are compiled for a number of pages, and what is in use differs between calls.
             free -= free % (stats["bytes_limit"] / 64)
-        c, itemsize, tensor = self.config, self.dtype.itemsize, self.program.tensor
-        demand = Demand(c, self.settings, self.layout, itemsize, tensor, longest_prompt)
+        demand = self._demand(longest_prompt)
+        if self.layout != "plain":  # a longer table costs next to nothing there, other programs do
+            common = self._demand(max(longest_prompt, min(COMMON_PROMPT, self.config.max_position_embeddings // 4)))
+            demand = common if common.least <= free else demand
         return demand.plan(-(-responses // self.mesh.shape["data"]), free)
+
+    def _demand(self, longest_prompt: int) -> Demand:
+        itemsize, tensor = self.dtype.itemsize, self.program.tensor
+        return Demand(self.config, self.settings, self.layout, itemsize, tensor, longest_prompt)
 
     def sample(self, requests: Sequence[Request], seed: int) -> Iterator[Completion]:
         """Yield a completion for each sample of each request; `seed` is any integer of up to 64 bits.
@@ -326,8 +333,8 @@ class _Run:
             return False
         # All groups prefill at a time, so each takes what it will need next.
         batches = [list(dict.fromkeys(r for r, _ in g.waiting))[:PREFILL] for g in self.groups]
-        least = self.size if self.paged else 16
-        time = bucket(max(len(self.requests[r].prompt) for batch in batches for r in batch), least)
+        longest = max(len(self.requests[r].prompt) for batch in batches for r in batch)
+        time = prefill_length(longest, self.s.layout)
         tokens = np.zeros((len(self.groups), PREFILL, time), np.int32)
         lengths = np.ones((len(self.groups), PREFILL), np.int32)
         for g, batch, token_rows, length in zip(self.groups, batches, tokens, lengths, strict=True):
