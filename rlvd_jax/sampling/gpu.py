@@ -114,40 +114,15 @@ def attend(
         interpret=interpret,
         name="attend_pages",
     )(position, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
-    if splits > 1:
-        out = pl.pallas_call(
-            partial(_merge_kernel, group=group, head_dim=head_dim),
-            grid=(slots, kv_heads),
-            out_shape=[jax.ShapeDtypeStruct((parts, slots, heads * head_dim // parts), bias.dtype)],
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-            interpret=interpret,
-            name="merge_splits",
-        )(*out)
     shape = kv_heads, pages, page_size, head_dim
+    if splits > 1:
+        part, most, total = out
+        share = jnp.exp2(most - most.max(axis=0))
+        total = (share * total).sum(axis=0)  # [slots, heads]
+        part = part.reshape(splits, slots, heads, head_dim)
+        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(slots, -1)
+        out = [split(out.astype(bias.dtype), parts)]
     return out[0], keys.reshape(shape), values.reshape(shape)
-
-
-def _merge_kernel(part_ref, most_ref, total_ref, out_ref, *, group, head_dim):
-    """Put together what the splits of a slot's positions found: their largest scores, sums of weights, weighted sums
-    of values, each relative to its own largest score."""
-    slot, head = pl.program_id(0), pl.program_id(1)
-    splits, width = part_ref.shape[0], out_ref.shape[2]
-    row, column, part = jnp.arange(QUERIES), jnp.arange(head_dim), jnp.arange(pl.next_power_of_2(splits))
-    mine = (row < group)[:, None] & (column >= 0)[None, :]
-    to = ((head * group + row) * head_dim)[:, None] + column[None, :]
-    at = head * group + row
-    there = (part < splits)[:, None] & (row < group)[None, :]
-    most = plgpu.load(most_ref.at[part[:, None], slot, at[None, :]], mask=there, other=LEAST).max(axis=0)  # [QUERIES]
-
-    def body(i, carry):
-        total, out = carry
-        share = jnp.exp2(plgpu.load(most_ref.at[i, slot, at], mask=row < group, other=LEAST) - most)
-        total = total + share * plgpu.load(total_ref.at[i, slot, at], mask=row < group, other=1.0)
-        return total, out + share[:, None] * plgpu.load(part_ref.at[i, slot, to], mask=mine, other=0.0)
-
-    zero = jnp.zeros(QUERIES, jnp.float32), jnp.zeros((QUERIES, head_dim), jnp.float32)
-    total, out = jax.lax.fori_loop(0, splits, body, zero)
-    plgpu.store(out_ref.at[to // width, slot, to % width], (out / total[:, None]).astype(out_ref.dtype), mask=mine)
 
 
 def _attend_kernel(
