@@ -39,6 +39,7 @@ from rlvd_jax.sampling.books import Group, Plan
 from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model, prefill_length
 from rlvd_jax.sampling.slots import LOG
 
+ROWS = 256  # responses that are started, or pages that are copied, at once
 COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
 
@@ -349,20 +350,23 @@ class _Run:
         return True
 
     def _insert(self, starts: list[tuple[list, list]]) -> None:
-        def padded(lists, unused):  # → [groups * n, columns]
-            n = bucket(max(len(x) for x in lists), 64)
-            out = np.full((len(lists), n, len(unused)), unused, np.int32)
-            for to, x in zip(out, lists, strict=True):
-                to[: len(x)] = np.array(x, np.int32).reshape(-1, len(unused))
-            return self._put(out)
+        def pieces(lists, unused):
+            """[groups * n, columns] each, on the devices; of the same n where compiling takes long."""
+            longest = max(len(x) for x in lists)
+            n = ROWS if self.paged else bucket(longest, 64)
+            for first in range(0, longest, n):
+                out = np.full((len(lists), n, len(unused)), unused, np.int32)
+                for to, x in zip(out, lists, strict=True):
+                    part = x[first : first + n]
+                    to[: len(part)] = np.array(part, np.int32).reshape(-1, len(unused))
+                yield self._put(out)
 
         nowhere = np.iinfo(np.int32).max
         rows, copies = zip(*starts, strict=True)
-        if any(copies):
-            self.layers = device.insert(self.p, self.layers, self.prompts, padded(copies, np.array([0, nowhere])))
-        if any(rows):
-            rows = padded(rows, np.array([nowhere, 0, 0, 0, 0, 0]))
-            self.state = device.start(self.p, self.state, rows, self.seed)
+        for some in pieces(copies, np.array([0, nowhere])):
+            self.layers = device.insert(self.p, self.layers, self.prompts, some)
+        for some in pieces(rows, np.array([nowhere, 0, 0, 0, 0, 0])):
+            self.state = device.start(self.p, self.state, some, self.seed)
 
     # ---- the last responses ----------------------------------------------------------------------
 
