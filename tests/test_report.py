@@ -308,10 +308,10 @@ def test_a_pair_is_compared_on_as_many_responses_of_both(uneven):
     assert outline.text.count("Of each model the first 8 responses to each question are compared.") == 1
 
 
-@pytest.mark.parametrize("height", [0.1, 0.85])
-def test_names_of_curves_that_end_early_stand_clear(height):
+@pytest.mark.parametrize(("start", "slope"), [(0.1, 0.02), (0.85, 0.015), (0.33, 0.2)])  # room above, above, below
+def test_names_of_curves_that_end_early_stand_clear(start, slope):
     k = np.arange(1, 65)
-    rising = height + 0.12 * np.log2(k) / 6
+    rising = np.minimum(start + slope * np.log2(k), 0.95)
     curves = {}
     for i, (m, n) in enumerate((("base", 64), ("rl", 64), ("taught-by-base", 8), ("taught-by-rl", 4))):
         value = rising[:n] + 0.01 * i
@@ -515,10 +515,13 @@ def test_caption_of_curves():
     curves = {
         "base": {"k": [1, 2, 4], "value": [0.1, 0.5, 0.9]},
         "rl": {"k": [1, 2, 4], "value": [0.3, 0.4, 0.8]},
-        "teacher": {"k": [1, 2], "value": [0.7, 0.95]},  # fewer responses: no word on k = 4
+        "teacher": {"k": [1, 2], "value": [0.7, 0.95]},
     }
     said = prose.pass_curves(curves, [("base", "rl"), ("base", "teacher")])
-    assert said == "Highest at k = 1: teacher, 70.0%; at k = 4: base, 90.0%. rl (from k = 2) falls below base."
+    assert said == (
+        "Highest at k = 1: teacher, 70.0%; at k = 2: teacher, 95.0%; at k = 4, which teacher lacks: base, 90.0%. "
+        "rl (from k = 2) falls below base."
+    )
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def overview(models: dict) -> str:
 
 
 def pass_curves(curves: dict, pairs: list[tuple[str, str]]) -> str:
-    """Who leads at the smallest and at the largest k, and which model falls below the one it is compared with."""
+    """Who leads at the smallest, the largest shared and the largest k, and which models fall below their base."""
     k = max(c["k"][-1] for c in curves.values())
     first = {m: c["value"][0] for m, c in curves.items() if c["value"][0] is not None}
     last = {m: c["value"][-1] for m, c in curves.items() if c["k"][-1] == k and c["value"][-1] is not None}
@@ -128,7 +128,14 @@ def pass_curves(curves: dict, pairs: list[tuple[str, str]]) -> str:
     if len(curves) == 1:
         (low,), (high,) = first.values(), last.values()
         return f"From {percent(low)}% at k = 1 to {percent(high)}% at k = {k:,}."
-    text = f"Highest at k = 1: {_leaders(first)}; at k = {k:,}: {_leaders(last)}"
+    text = f"Highest at k = 1: {_leaders(first)}"
+    shared = min(c["k"][-1] for c in curves.values())
+    at = {m: c["value"][shared - 1] for m, c in curves.items() if c["value"][shared - 1] is not None}
+    if 1 < shared < k and at:
+        text += f"; at k = {shared:,}: {_leaders(at)}"
+    lacking = [m for m, c in curves.items() if c["k"][-1] < k]
+    which = f", which {listed(lacking)} {'lacks' if len(lacking) == 1 else 'lack'}" if lacking else ""
+    text += f"; at k = {k:,}{which}: {_leaders(last)}"
     behind: dict[str, list[str]] = {}
     for base, other in pairs:
         if {base, other} <= curves.keys() and (at := crossing(curves[base], curves[other])):
