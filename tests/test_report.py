@@ -244,17 +244,88 @@ def test_numbers_stand_in_the_tables(results, outline):
     assert taught[5:] == ["–", "–", "–"]
 
 
-def test_models_with_fewer_responses_are_compared_at_a_shared_k(tmp_path):
-    ease = np.linspace(0.05, 0.9, 12)
-    many, few = graded(ease, 16, 0), graded(ease, 8, 1)
-    few.valid[0, 6:] = False
-    comparison = {"base": "many", "other": "few", "problems": "quiz", "claim": None}
-    results = analyse({"quiz": {"many": many, "few": few}}, [comparison], bootstrap=50)
-    rows = Outline(report.write(results, tmp_path).read_text()).rows
-    curve = results["problems"]["quiz"]["models"]["many"]["pass"]
-    (row,) = [r for r in rows if r[0] == "pass@6"]
-    assert row[1].startswith(f"{100 * curve['value'][5]:.1f}") and curve["value"][5] < curve["value"][15]
-    assert [r[4] for r in rows if r[0] in ("many", "few") and len(r) == 5] == ["16", "6–8"]
+EASE = np.linspace(0.02, 0.6, 12)
+UNEVEN = (("base", 1.5, 16), ("rl", 1, 16), ("few", 0.9, 8), ("ragged", 0.5, 8))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Two models with 16 responses to each question and two with at most 8, one of them not to every question: the
+    results and their page."""
+    sets = {m: graded(EASE**p, n, i) for i, (m, p, n) in enumerate(UNEVEN)}
+    sets["ragged"].valid[0, 6:] = sets["ragged"].correct[0, 6:] = False
+    comparisons = [{"base": "base", "other": m, "problems": "quiz", "claim": None} for m in ("rl", "few")]
+    results = analyse({"quiz": sets}, comparisons, bootstrap=50)
+    path = report.write(results, tmp_path_factory.mktemp("uneven"))
+    return results, Outline(path.read_text(encoding="utf-8"))
+
+
+def test_tables_show_pass_at_a_k_that_all_have(uneven):
+    results, outline = uneven
+    models = results["problems"]["quiz"]["models"]
+    at_6, at_16 = ({m: figures.pass_estimate(r, k) for m, r in models.items()} for k in (6, 16))
+    assert at_6["rl"]["value"] < at_16["rl"]["value"] and at_16["few"] is at_16["ragged"] is None
+    rows = {r[0]: r[1:] for r in outline.rows if len(r) == 6}
+    assert rows["Model"] == ["Accuracy", "maj@n", "pass@6", "pass@16", "n"]
+    lines = report.summary_table(results).splitlines()
+    assert lines[1].split() == ["n", "accuracy", "maj@n", "pass@6", "pass@16"] and max(map(len, lines)) <= 120
+    for (m, *_), n, line in zip(UNEVEN, ("16", "16", "8", "6–8"), lines[2:], strict=True):
+        value = f"{100 * at_6[m]['value']:.1f}"
+        assert rows[m][2].startswith(value) and rows[m][4] == n
+        assert line.split()[:2] == [m, n] and f" {value} [" in line
+        assert rows[m][3].startswith("–") == line.endswith(" –") == (m in ("few", "ragged"))
+    assert ["quiz", "12", "16 (base and rl), 8 (few), 6–8 (ragged)", "574"] in outline.rows
+
+
+def test_models_with_fewer_responses_are_marked(uneven):
+    results, outline = uneven
+    models = results["problems"]["quiz"]["models"]
+    named = [r[0] for r in outline.rows if len(r) == 11 and r[0] != "Model"]
+    assert named == ["base", "rl", "few8 responses", "ragged6–8 responses"]
+    look = figures.looks(models)
+    for figure in (figures.overview(models, look, ""), figures.success_counts(models, list("abcdef"), look, "")):
+        labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+        assert labels == ["base", "rl", "few (8 responses)", "ragged (6–8 responses)"]
+    said = prose.overview(models)
+    assert re.search(r"widest for (base|rl) \(.* and narrowest for (base|rl) \(", said)
+    assert said.endswith(", of the models with 16 responses to each question.")
+    never = [models[m]["bins"][0] for m in ("base", "rl")]
+    assert f"Never solved: base {never[0]} and rl {never[1]}. With fewer responses (few and ragged)" in outline.text
+
+
+def test_a_pair_is_compared_on_as_many_responses_of_both(uneven):
+    results, outline = uneven
+    base = graded(EASE ** UNEVEN[0][1], 16, 0).take(range(len(EASE)), 8)
+    first = analyse({"quiz": {"base": base}}, [], bootstrap=50)["problems"]["quiz"]["models"]["base"]
+    c = results["problems"]["quiz"]["comparisons"]["base→few"]
+    expected = {key: first[key] for key in ("accuracy", "maj", "entropy")} | {"pass": figures.pass_estimate(first)}
+    values = c["values"]
+    assert values["base"] == expected
+    for key, difference in c["difference"].items():
+        assert values["other"][key]["value"] - values["base"][key]["value"] == pytest.approx(difference["value"])
+    (row,) = [r for r in outline.rows if r[0] == "maj@8"]
+    assert row[1].startswith(f"{100 * first['maj']['value']:.1f}")
+    assert outline.text.count("Of each model the first 8 responses to each question are compared.") == 1
+
+
+@pytest.mark.parametrize(("start", "slope"), [(0.1, 0.02), (0.85, 0.015), (0.33, 0.2)])  # room above, above, below
+def test_names_of_curves_that_end_early_stand_clear(start, slope):
+    k = np.arange(1, 65)
+    rising = np.minimum(start + slope * np.log2(k), 0.95)
+    curves = {}
+    for i, (m, n) in enumerate((("base", 64), ("rl", 64), ("taught-by-base", 8), ("taught-by-rl", 4))):
+        value = rising[:n] + 0.01 * i
+        curves[m] = {"k": list(k[:n]), "value": list(value), "low": list(value - 0.01), "high": list(value + 0.01)}
+    with figures.style():
+        figure = figures.pass_curves(curves, figures.looks(curves), "pass@k", "x")
+        figure.canvas.draw()
+    axes = figure.axes[0]
+    boxes = [Text.get_window_extent(t) for t in axes.texts if t.get_text().startswith("taught")]
+    points = np.concatenate([axes.transData.transform(line.get_xydata()) for line in axes.lines])
+    for box in boxes:
+        assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 and axes.bbox.x0 <= box.x0
+        assert not ((points > box.min) & (points < box.max)).all(axis=1).any()
+    assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
 
 
 def test_published_numbers_by_the_hubs_name(tmp_path):
@@ -444,10 +515,13 @@ def test_caption_of_curves():
     curves = {
         "base": {"k": [1, 2, 4], "value": [0.1, 0.5, 0.9]},
         "rl": {"k": [1, 2, 4], "value": [0.3, 0.4, 0.8]},
-        "teacher": {"k": [1, 2], "value": [0.7, 0.95]},  # fewer responses: no word on k = 4
+        "teacher": {"k": [1, 2], "value": [0.7, 0.95]},
     }
     said = prose.pass_curves(curves, [("base", "rl"), ("base", "teacher")])
-    assert said == "Highest at k = 1: teacher, 70.0%; at k = 4: base, 90.0%. rl (from k = 2) falls below base."
+    assert said == (
+        "Highest at k = 1: teacher, 70.0%; at k = 2: teacher, 95.0%; at k = 4, which teacher lacks: base, 90.0%. "
+        "rl (from k = 2) falls below base."
+    )
 
 
 @pytest.mark.parametrize(

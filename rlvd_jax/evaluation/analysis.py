@@ -173,7 +173,12 @@ def _comparison(pair: Pair, claim: str | None) -> dict:
         "questions": len(pair.bins),
         "samples": pair.samples,
         "k": pair.k,
-        "difference": {name: pair.difference(name).estimate() for name in ("accuracy", "maj", "pass", "entropy")},
+        # On the questions and the number of samples that both have: not what the models have by themselves.
+        "values": {
+            role: {name: both[i].estimate() for name, both in pair.summary.items()}
+            for i, role in enumerate(("base", "other"))
+        },
+        "difference": {name: pair.difference(name).estimate() for name in pair.summary},
         "overtaken": pair.overtaken,
         "bins": _bins(pair),
         "transitions": _transitions(pair),

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlvd_jax.errors import UserError
 from rlvd_jax.evaluation.analysis import plain
 from rlvd_jax.report import page, text
-from rlvd_jax.report.figures import counts, pass_estimate
+from rlvd_jax.report.figures import counts, fewer, pass_estimate, shared_ks, spell
 
 __all__ = ["summary_table", "write"]
 
@@ -57,21 +57,27 @@ def _write(path: Path, content: bytes) -> None:
 
 def summary_table(results: dict) -> str:
     """Models × accuracy, maj@n and pass@n in percent with their intervals, for every set of problems, as plain text of
-    at most 120 columns."""
-    columns = 24
+    at most 120 columns. Where models have different numbers of responses, with pass@k at the largest k that all have
+    and at the largest of any, and each model's n."""
     lines = []
     for name, problems in results["problems"].items():
         models = problems["models"]
         if not models:
             continue
-        n, k = counts(models.values())
-        width = min(max(map(len, models)), 116 - 3 * columns)
-        rows = [["", *(f"{head} {'':<15}" for head in ("accuracy", f"maj@{n}", f"pass@{k}"))]]
+        n, _ = counts(models.values())
+        ks, mixed = shared_ks(models.values()), bool(fewer(models))
+        heads = ["accuracy", f"maj@{n}", *(f"pass@{k:,}" for k in ks)]
+        widths = [6, 26, *[22] * (len(heads) - 1)] if mixed else [24] * len(heads)
+        width = min(max(map(len, models)), 116 - sum(widths))
+        rows = [["", *["n"] * mixed, *(f"{head} {'':<15}" for head in heads)]]
         for model, r in models.items():
-            estimates = (r["accuracy"], r["maj"], pass_estimate(r))
-            rows.append([text.shorten(model, width), *map(_cell, estimates)])
-        lines += ["", f"{name}: {problems['questions']:,} questions, % [95% interval]"]
-        lines += [(f"  {row[0]:<{width}}" + "".join(f"{c:>{columns}}" for c in row[1:])).rstrip() for row in rows]
+            estimates = (r["accuracy"], r["maj"], *(pass_estimate(r, k) for k in ks))
+            rows.append([text.shorten(model, width), *[spell(r)] * mixed, *map(_cell, estimates)])
+        what = "% [95% interval]" + "; n: responses to each question" * mixed
+        lines += ["", f"{name}: {problems['questions']:,} questions, {what}"]
+        for row in rows:
+            cells = (f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))
+            lines.append(f"  {row[0]:<{width}}{''.join(cells)}".rstrip())
     return "\n".join(lines[1:])
 
 

@@ -248,8 +248,8 @@ def _spread(wanted, gap, low, high):
 def overview(models: dict, look: dict[str, Look], subtitle: str) -> Figure:
     """Accuracy, maj@n and pass@n of each model with their intervals: the distance between first and last is what
     the model can but seldom does."""
-    names = list(models)
-    label = 5.6 * max(len(look[m].label) for m in names) + 16
+    names, labels = list(models), _row_labels(models, look)
+    label = 5.6 * max(map(len, labels)) + 16
     figure = _figure("Accuracy, majority and capability", subtitle, _height(len(names)))
     ax = _axes(figure, left=label)
     n, k = counts(models.values())
@@ -268,7 +268,7 @@ def overview(models: dict, look: dict[str, Look], subtitle: str) -> Figure:
             )  # fmt: skip
         if values:
             ax.plot([min(values.values()), max(values.values())], [row, row], color=color, linewidth=5, alpha=0.16)
-    ax.set_yticks(range(len(names)), [look[m].label for m in names], color=INK)
+    ax.set_yticks(range(len(names)), labels, color=INK)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(-2, 102)
     ax.grid(axis="x")
@@ -292,10 +292,36 @@ def counts(models) -> tuple[str, str]:
     return tuple(f"{values.pop():,}" if len(values) == 1 else "n" for values in shared)
 
 
+def fewer(models: dict) -> dict[str, str]:
+    """The models that have fewer responses to each question than others of them, and how many: `8 responses`. What
+    depends on this number is not compared between them and the others."""
+    extents = {m: (r["fewest_samples"], r["samples"]) for m, r in models.items()}
+    most = max(extents.values())
+    return {m: f"{spell(models[m])} response{'s' * (e != (1, 1))}" for m, e in extents.items() if e != most}
+
+
+def spell(model: dict) -> str:
+    """A model's number of responses to each question, `6–8` where it differs between questions."""
+    low, high = model["fewest_samples"], model["samples"]
+    return f"{high:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def shared_ks(models) -> list[int]:
+    """The k at which tables show pass@k of these models: the largest that all have and the largest of any; not 1
+    beside another, since pass@1 is the accuracy."""
+    ends = {m["pass"]["k"][-1] for m in models if m["pass"]["k"]}
+    return sorted({min(ends), max(ends)} - {1}) or [1] if ends else []
+
+
+def _row_labels(models: dict, look: dict[str, Look]) -> list[str]:
+    few = fewer(models)
+    return [f"{shorten(look[m].label, 18)} ({few[m]})" if m in few else look[m].label for m in models]
+
+
 def pass_estimate(model: dict, k: int | None = None) -> dict | None:
-    """pass@k as an estimate, at the largest k if none is given."""
+    """pass@k as an estimate, at the largest k if none is given; None where the model has fewer responses."""
     curve = model.get("pass") or {}
-    if not curve.get("k"):
+    if not curve.get("k") or (k is not None and k not in curve["k"]):
         return None
     at = -1 if k is None else curve["k"].index(k)
     return {key: curve[key][at] for key in ("value", "low", "high")}
@@ -304,7 +330,8 @@ def pass_estimate(model: dict, k: int | None = None) -> dict | None:
 def pass_curves(curves: dict[str, dict], look: dict[str, Look], title: str, subtitle: str) -> Figure:
     """pass@k against k on a logarithmic axis, with interval bands, each curve named at its end."""
     names = list(curves)
-    label = 5.4 * max(len(look[m].label) for m in names) + 26
+    longest = [m for m in names if curves[m]["k"][-1] == max(c["k"][-1] for c in curves.values())]
+    label = 5.4 * max(len(look[m].label) for m in longest) + 26
     figure = _figure(title, subtitle)
     ax = _axes(figure, right=label, top=50)
     ends, lowest, top = [], 1.0, 1
@@ -318,7 +345,8 @@ def pass_curves(curves: dict[str, dict], look: dict[str, Look], title: str, subt
         powers[-1] = True
         ax.plot(k, 100 * value, look[m].dash, color=look[m].color, linewidth=1.7)
         ax.plot(k[powers], 100 * value[powers], look[m].marker, color=look[m].color, markersize=3.4)
-        ends.append((k[-1], 100 * value[-1]))
+        if m in longest:
+            ends.append((k[-1], 100 * value[-1]))
         lowest, top = min(lowest, *np.nan_to_num(np.concatenate([low, value]), nan=1)), max(top, k[-1])
     bottom = 10 * np.floor(10 * lowest) if lowest > 0.3 else -2
     ax.set_ylim(bottom, 102)
@@ -334,20 +362,59 @@ def pass_curves(curves: dict[str, dict], look: dict[str, Look], title: str, subt
     # Names at the right edge, moved apart where curves end together, a thin line back to the curve's end.
     height = 72 * figure.get_size_inches()[1] * ax.get_position().height
     place = _spread([y for _, y in ends], 11.5 / height * (102 - bottom), bottom + 1, 101)
-    for m, (x, y), at in zip(names, ends, place, strict=True):
-        ax.annotate(
-            look[m].label, (x, y), (14, at), textcoords=("offset points", "data"), va="center", fontsize=8.5,
-            color=look[m].color, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": look[m].color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3,
-                        "relpos": (0, 0.5)},
-        )  # fmt: skip
+    for m, end, at in zip(longest, ends, place, strict=True):
+        _name(ax, look[m], end, 14, at)
+    _name_shorter(ax, {m: c for m, c in curves.items() if m not in longest}, curves, look)
     return figure
+
+
+def _name(ax, look: Look, end, offset, y, align="left"):
+    """A curve's name `offset` points from its end and at height y, a thin line between."""
+    ax.annotate(
+        look.label, end, (offset, y), textcoords=("offset points", "data"), va="center", ha=align, fontsize=8.5,
+        color=look.color, annotation_clip=False,
+        arrowprops={"arrowstyle": "-", "color": look.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3,
+                    "relpos": (0 if align == "left" else 1, 0.5)},
+    )  # fmt: skip
+
+
+def _name_shorter(ax, shorter: dict[str, dict], curves: dict[str, dict], look: dict[str, Look]):
+    """Names of curves that end before others do. Curves only rise, so that nothing is drawn to the left of a point
+    above all of them, nor to the right of one below them: the names stand there, where there is more room."""
+    if not shorter:
+        return
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    width, height = (72 * inches for inches in ax.figure.get_size_inches() * ax.get_position().size)
+    step = 11.5 / height * (top - bottom)
+    doubling = width / np.log2(right / left)  # points
+
+    def bound(key, pick, k):
+        """The highest or lowest of the bands at k, of curves that end before it at their end."""
+        at = (100 * (c[key][i] if c[key][i] is not None else c["value"][i] or 0)
+              for c in curves.values() for i in [min(k, len(c["k"])) - 1])  # fmt: skip
+        return pick(at)
+
+    ends = {m: (c["k"][-1], 100 * (c["value"][-1] or 0)) for m, c in shorter.items()}
+    names = sorted(shorter, key=lambda m: ends[m][1])
+    # Above: the names end left of the first end, or where they fit between it and the axis.
+    needed = 5.4 * max(len(look[m].label) for m in names) + 6
+    edge = max(doubling * np.log2(min(x for x, _ in ends.values()) / left) - 10, needed)
+    over = bound("high", max, int(np.ceil(max(left * 2 ** (edge / doubling), max(x for x, _ in ends.values())))))
+    under = bound("low", min, min(x for x, _ in ends.values()))
+    above = top - over >= min(under - bottom, step * (len(names) + 0.6))
+    for i, m in enumerate(names):
+        x, _ = ends[m]
+        at = doubling * np.log2(x / left)
+        if above:
+            _name(ax, look[m], ends[m], edge - at, over + step * (i + 0.8), "right")
+        else:
+            _name(ax, look[m], ends[m], 10, under - step * (len(names) - i - 0.2))
 
 
 def success_counts(models: dict, labels: list[str], look: dict[str, Look], subtitle: str) -> Figure:
     """How many questions fall into each success bin, a stacked bar for each model."""
-    names = list(models)
-    label = 5.6 * max(len(look[m].label) for m in names) + 16
+    names, rows = list(models), _row_labels(models, look)
+    label = 5.6 * max(map(len, rows)) + 16
     figure = _figure("Questions by number of correct responses", subtitle, _height(len(names)))
     ax = _axes(figure, left=label)
     questions = np.array([models[m]["bins"] for m in names], float)
@@ -362,7 +429,7 @@ def success_counts(models: dict, labels: list[str], look: dict[str, Look], subti
                     start[row, b] + share[row, b] / 2, row, f"{questions[row, b]:,.0f}", ha="center", va="center",
                     fontsize=8, color=INK if alpha < 0.5 else ON_HEAT,
                 )  # fmt: skip
-    ax.set_yticks(range(len(names)), [look[m].label for m in names], color=INK)
+    ax.set_yticks(range(len(names)), rows, color=INK)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlim(0, 100)
     ax.spines[["left", "bottom"]].set_visible(False)
@@ -462,7 +529,7 @@ def transitions(comparison: dict, look: dict[str, Look], subtitle: str) -> Figur
     return figure
 
 
-def entropy(comparison: dict, models: dict, look: dict[str, Look], subtitle: str) -> Figure:
+def entropy(comparison: dict, look: dict[str, Look], subtitle: str) -> Figure:
     """Mean entropy (nats) of the final answers, over all questions and in each base bin, of both models."""
     base, other = _two(comparison, look)
     rows = comparison["bins"]
@@ -470,7 +537,7 @@ def entropy(comparison: dict, models: dict, look: dict[str, Look], subtitle: str
     ax = _axes(figure, bottom=48)
     x = np.concatenate([[0], np.arange(len(rows)) + 1.4])
     for key, m, shift in (("base", base, -0.19), ("other", other, 0.19)):
-        estimates = [models[comparison[key]]["entropy"], *(b[f"entropy_{key}"] for b in rows)]
+        estimates = [comparison["values"][key]["entropy"], *(b[f"entropy_{key}"] for b in rows)]
         _bars(ax, x + shift, estimates, 0.36, m.color)
     questions = sum(b["questions"] for b in rows)
     ax.set_xticks(

@@ -93,6 +93,7 @@ def render(results: dict, samples: dict[str, Sequence[dict]]) -> tuple[str, list
         "tally": Counter(c["verdict"] for c in results.get("claims") or ()),
         "recipes": [_recipe(m, results) for m in names],
         "problems": problems,
+        "ks": _ks(results),
         "published": any(row["published"] for p in problems for row in p["rows"]),
         "length_unit": results.get("length_unit", "tokens"),
         "remarks": results.get("notes") or (),
@@ -165,6 +166,15 @@ def _facts(results) -> list[tuple[str, str]]:
         except ValueError:
             facts.append((results["created"], ""))
     return facts
+
+
+def _ks(results) -> list[int | None]:
+    """The k of the columns of pass@k for all models; None, the model's own n, where those on the same problems have
+    equally many responses."""
+    sets = [p["models"] for p in results["problems"].values() if p["models"]]
+    if not any(map(figures.fewer, sets)):
+        return [None]
+    return sorted({k for models in sets for k in figures.shared_ks(models.values())})
 
 
 def _recipe(model: str, results) -> dict:
@@ -292,7 +302,11 @@ def _problems(name: str, p: dict, look, draw: Drawer, results) -> dict:
     """Everything about one set of problems: its table rows, its figures, its comparisons."""
     models = p["models"]
     samples = max(m["samples"] for m in models.values())
-    what = f"{name} · {prose.counted(p['questions'], 'question')} × {prose.counted(samples, 'response')}"
+    few = figures.fewer(models)
+    each = prose.counted(samples, "response")
+    if few:
+        each = f"{min(m['fewest_samples'] for m in models.values()):,}–{each}"
+    what = f"{name} · {prose.counted(p['questions'], 'question')} × {each}"
     drawn = [draw(figures.overview(models, look, what), prose.overview(models), name, "overview")]
     pairs = [(c["base"], c["other"]) for c in p["comparisons"].values()]
 
@@ -312,10 +326,18 @@ def _problems(name: str, p: dict, look, draw: Drawer, results) -> dict:
         "id": f"problems-{slug(name)}",
         "name": name,
         "questions": p["questions"],
-        "samples": f"{samples:,}" if len({m["samples"] for m in models.values()}) == 1 else f"up to {samples:,}",
+        "samples": _samples_of(models) if few else f"{samples:,}",
+        "mixed": bool(few),
         "responses": sum(m["responses"] for m in models.values()),
         "rows": [
-            r | {"model": m, "pass_at_n": figures.pass_estimate(r), "published": _published(results, name, "models", m)}
+            r
+            | {
+                "model": m,
+                "n": figures.spell(r),
+                "fewer": few.get(m),
+                "passes": [figures.pass_estimate(r, k) for k in _ks(results)],
+                "published": _published(results, name, "models", m),
+            }
             for m, r in models.items()
         ],
         "figures": drawn,
@@ -323,6 +345,14 @@ def _problems(name: str, p: dict, look, draw: Drawer, results) -> dict:
             _comparison(name, pair, c, models, look, draw, results) for pair, c in p["comparisons"].items()
         ],
     }
+
+
+def _samples_of(models: dict) -> str:
+    """`64 (base and rl), 8 (distilled)`: which models have how many responses to each question."""
+    groups: dict[str, list[str]] = {}
+    for m, r in models.items():
+        groups.setdefault(figures.spell(r), []).append(m)
+    return ", ".join(f"{n} ({prose.listed(names)})" for n, names in groups.items())
 
 
 def _comparison(problems: str, pair: str, c: dict, models: dict, look, draw: Drawer, results) -> dict:
@@ -333,12 +363,12 @@ def _comparison(problems: str, pair: str, c: dict, models: dict, look, draw: Dra
     drawn = [
         draw(figures.bins(c, look, what, published.get("gain")), prose.bins(c, published.get("gain")), *stem, "bins"),
         draw(figures.transitions(c, look, what), prose.transitions(c, published.get("moves")), *stem, "transitions"),
-        draw(figures.entropy(c, models, look, what), prose.entropy(c, models), *stem, "entropy"),
+        draw(figures.entropy(c, look, what), prose.entropy(c), *stem, "entropy"),
     ]
     for measure, unit in (("length", results.get("length_unit", "tokens")), ("keywords", "phrases")):
         figure = figures.style_by_correctness(c, models, look, measure, unit, what)
         drawn.append(draw(figure, prose.style_by_correctness(c, models, measure, unit), *stem, measure))
-    both = [models[m] | {"pass": figures.pass_estimate(models[m], c["k"])} for m in (base, other)]
+    both = c["values"]["base"], c["values"]["other"]
     return {
         "id": f"comparison-{slug(*stem)}",
         "base": base,
@@ -346,6 +376,7 @@ def _comparison(problems: str, pair: str, c: dict, models: dict, look, draw: Dra
         "claim": CLAIMS.get(c.get("claim"), c.get("claim")),
         "sentence": prose.comparison(c),
         "curves": prose.overtaken(c),
+        "taken": prose.taken(c, models),
         "rows": [(label, both[0][key], both[1][key], c["difference"][key]) for key, label in _metrics(c)],
         "entropy": (both[0]["entropy"], both[1]["entropy"], c["difference"]["entropy"]),
         "figures": drawn,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlvd_jax.report.figures import pass_estimate
+from rlvd_jax.report.figures import fewer, pass_estimate, spell
 from rlvd_jax.report.text import interval, number, percent, value_of
 
 VERDICTS = ("shown", "not shown", "unclear")
@@ -80,6 +80,13 @@ def overtaken(c: dict) -> str:
     return f"With fewer than {k:,} responses {other} solves more questions than {base}, from k = {k:,} on it does not."
 
 
+def taken(c: dict, models: dict) -> str:
+    """Which responses are compared where one of the two models has more than the other."""
+    if not fewer({m: models[m] for m in (c["base"], c["other"])}):
+        return ""
+    return f"Of each model the first {counted(c['samples'], 'response')} to each question are compared."
+
+
 def _change(difference) -> str:
     direction = moved(difference)
     if direction == "flat":
@@ -92,23 +99,27 @@ def _change(difference) -> str:
 
 
 def overview(models: dict) -> str:
-    """Whose pass@n is farthest above its accuracy, and whose is nearest."""
+    """Whose pass@n is farthest above its accuracy, and whose is nearest, of the models with the most responses."""
     text = "Accuracy (one response), majority vote and pass@n (any of n), with 95% intervals over questions."
-    known = {m: (value_of(pass_estimate(r)), value_of(r["accuracy"])) for m, r in models.items()}
+    few = fewer(models)
+    equal = {m: r for m, r in models.items() if m not in few}
+    known = {m: (value_of(pass_estimate(r)), value_of(r["accuracy"])) for m, r in equal.items()}
     gaps = {m: most - once for m, (most, once) in known.items() if None not in (most, once)}
     if not any(gaps.values()):
         return text
     widest, closest = max(gaps, key=gaps.get), min(gaps, key=gaps.get)
     if widest == closest:
-        return f"{text} pass@n is {percent(gaps[widest])} points above accuracy."
+        whose = f" for {listed(gaps)}" if few else ""
+        return f"{text} pass@n is {percent(gaps[widest])} points above accuracy{whose}."
+    among = f", of the models with {spell(models[widest])} responses to each question" if few else ""
     return (
         f"{text} What a model can do but seldom does, the distance from accuracy to pass@n, is widest for {widest} "
-        f"({percent(gaps[widest])} points) and narrowest for {closest} ({percent(gaps[closest])})."
+        f"({percent(gaps[widest])} points) and narrowest for {closest} ({percent(gaps[closest])}){among}."
     )
 
 
 def pass_curves(curves: dict, pairs: list[tuple[str, str]]) -> str:
-    """Who leads at the smallest and at the largest k, and which model falls below the one it is compared with."""
+    """Who leads at the smallest, the largest shared and the largest k, and which models fall below their base."""
     k = max(c["k"][-1] for c in curves.values())
     first = {m: c["value"][0] for m, c in curves.items() if c["value"][0] is not None}
     last = {m: c["value"][-1] for m, c in curves.items() if c["k"][-1] == k and c["value"][-1] is not None}
@@ -117,7 +128,14 @@ def pass_curves(curves: dict, pairs: list[tuple[str, str]]) -> str:
     if len(curves) == 1:
         (low,), (high,) = first.values(), last.values()
         return f"From {percent(low)}% at k = 1 to {percent(high)}% at k = {k:,}."
-    text = f"Highest at k = 1: {_leaders(first)}; at k = {k:,}: {_leaders(last)}"
+    text = f"Highest at k = 1: {_leaders(first)}"
+    shared = min(c["k"][-1] for c in curves.values())
+    at = {m: c["value"][shared - 1] for m, c in curves.items() if c["value"][shared - 1] is not None}
+    if 1 < shared < k and at:
+        text += f"; at k = {shared:,}: {_leaders(at)}"
+    lacking = [m for m, c in curves.items() if c["k"][-1] < k]
+    which = f", which {listed(lacking)} {'lacks' if len(lacking) == 1 else 'lack'}" if lacking else ""
+    text += f"; at k = {k:,}{which}: {_leaders(last)}"
     behind: dict[str, list[str]] = {}
     for base, other in pairs:
         if {base, other} <= curves.keys() and (at := crossing(curves[base], curves[other])):
@@ -143,8 +161,15 @@ def crossing(base: dict, other: dict) -> int | None:
 
 
 def success_counts(models: dict) -> str:
-    never = listed(f"{m} {r['bins'][0]:,}" for m, r in models.items())
-    return f"Questions by how many of the responses to them are correct. Never solved: {never}."
+    few = fewer(models)
+    never = listed(f"{m} {r['bins'][0]:,}" for m, r in models.items() if m not in few)
+    text = f"Questions by how many of the responses to them are correct. Never solved: {never}."
+    if few:
+        text += (
+            f" With fewer responses ({listed(few)}) questions are grouped by the share of correct ones, and more of "
+        )
+        text += "them are never solved."
+    return text
 
 
 def bins(c: dict, published: dict | None = None) -> str:
@@ -191,10 +216,10 @@ def transitions(c: dict, published: dict | None = None) -> str:
     return text + "."
 
 
-def entropy(c: dict, models: dict) -> str:
+def entropy(c: dict) -> str:
     pairs = [(value_of(b["entropy_base"]), value_of(b["entropy_other"])) for b in c["bins"]]
     pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-    a, b = (value_of(models[c[key]]["entropy"]) for key in ("base", "other"))
+    a, b = (value_of(c["values"][key]["entropy"]) for key in ("base", "other"))
     text = "Entropy of the distribution of final answers to a question; 0 is always the same answer."
     if a is not None and b is not None:
         text += f" Overall {number(a, 2)} nats for {c['base']}, {number(b, 2)} for {c['other']};"
