@@ -82,10 +82,16 @@ def verify(gold: list, target: list) -> bool:
 def equal(a: list, b: list) -> bool:
     """Whether `verify` is true in both orders.
 
-    Tried first is the order in which a relation is compared with a set as it stands; in the other it is solved.
+    Tried first is the order that compares a relation as it stands: in the other it is solved for a set, or its right
+    side alone counts.
     """
-    first, second = (b, a) if any(isinstance(x, Boolean) for x in a) else (a, b)
-    return verify(first, second) and verify(second, first)
+
+    def has(kind, found):
+        return any(isinstance(x, kind) for x in found)
+
+    if (has(Boolean, a) and has(Set, b)) or (has(Boolean, b) and not has(Set, a)):
+        a, b = b, a
+    return verify(a, b) and verify(b, a)
 
 
 def judge(gold: str, text: str, has_box: bool):
