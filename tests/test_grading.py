@@ -617,7 +617,8 @@ def test_groups(grader):
         ["50", r"50\%", r"\frac{1}{2}", "0.5"],
         ["1/0", "1/0", r"\frac{1}{", r"\frac{1}{", "}{"],
     ]
-    assert grader.groups(questions) == [
+    done = []
+    assert grader.groups(questions, lambda: done.append(1)) == [
         [0, 0, 0, -1, 0, 1, 0, 2, 2],
         [-1, -1],
         [],
@@ -630,6 +631,7 @@ def test_groups(grader):
         [0, 0, 1, 1],
         [0, 0, 1, 1, 2],
     ]
+    assert len(done) == len(questions)
 
 
 def test_groups_take_both_orders_of_verify(grader):
@@ -638,6 +640,13 @@ def test_groups_take_both_orders_of_verify(grader):
     assert plain(interval, boxed("(1, 2)")) and not plain("(1, 2)", boxed(interval))
     for answers in (["1", equation], [equation, "1"], [interval, "(1, 2)"], ["(1, 2)", interval]):
         assert grader.groups([answers]) == [[0, 1]]
+
+
+def test_huge_answers_cost_the_others_nothing():
+    """Apart from every ordinary number without being worked out: all of the budget is left for the others."""
+    answers = ["2^{2^{65536}}", *map(str, range(100, 120)), r"\{1, 2\}", r"(-\infty, 2)", "65536", "2^{16}"]
+    with Grader(workers=1, deadline=0.5) as grader:
+        assert grader.groups([answers]) == [[*range(24), 23]]
 
 
 def test_groups_of_hostile_answers_are_bounded():
