@@ -41,8 +41,8 @@ x=3|3=x|y=x+1|y-x=1|2x+z=1|x<3|3>x|1<x<2|(1,2)|[1,2]|[1,2)|\{1,2\}|\{2,1\}|1,2|2
 SETS = r"""
 (-\infty,1)\cup(1,\infty)|(1,\infty)\cup(-\infty,1)|(-\infty,1)\cup(5,\infty)|(-\infty,3]\cup[3,\infty)|(-\infty,\infty)
 \mathbb{R}|(0,1)\cup(1,2)\cup\{1\}|(0,2)|(0,1)\cup(1,2)\cup(2,3)|(0,1)\cup(2,1)\cup(1,3)|\{x,1\}|\{1,x\}|\{x\}|x|1,e|e|\emptyset
-\text{None}|10^{400}|\infty|x\leq 3|3\geq x|(-\infty,3]|-3<x<3|(-3,3)|f(x)+1|1+f(x)|f(x+1)|f(1+x)|f(2)|f^{-1}(2)
-\frac{1}{f(2)}|10^{400}+1|g(x)+1|a+b=3|b+a=3|a=3-b|2a+2b=6|a+c=3|x=2|2=x|x^2=4|4-x^2=0|y=2|x^2=-1|y^2=-1|0=1|x^2+y^2=-1|2x+1=5
+\text{None}|10^{400}|10^{401}|\infty|x\leq 3|3\geq x|(-\infty,3]|-3<x<3|(-3,3)|f(x)+1|1+f(x)|f(x+1)|f(1+x)|f(2)
+f^{-1}(2)|\frac{1}{f(2)}|10^{400}+1|-10^{400}|g(x)+1|a+b=3|b+a=3|a=3-b|2a+2b=6|a+c=3|x=2|2=x|x^2=4|4-x^2=0|y=2|x^2=-1|y^2=-1|0=1|x^2+y^2=-1
 """.strip().replace("\n", "|").split("|")  # fmt: skip
 
 
@@ -644,7 +644,16 @@ def test_groups_take_both_orders_of_verify(grader):
 
 def test_huge_answers_cost_the_others_nothing():
     """Apart from every ordinary number without being worked out: all of the budget is left for the others."""
-    answers = ["2^{2^{65536}}", *map(str, range(100, 120)), r"\{1, 2\}", r"(-\infty, 2)", "65536", "2^{16}"]
+    answers = [
+        "2^{2^{65536}}",
+        "2^{235423524}",
+        "2^{118710845}",
+        *map(str, range(100, 118)),
+        r"\{1, 2\}",
+        r"(-\infty, 2)",
+        "65536",
+        "2^{16}",
+    ]
     with Grader(workers=1, deadline=0.5) as grader:
         assert grader.groups([answers]) == [[*range(24), 23]]
 

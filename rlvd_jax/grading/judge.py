@@ -6,6 +6,7 @@ math-verify's own time limits are off: they need SIGALRM and a running interpret
 """
 
 import cmath
+import math
 import re
 import time
 import zlib
@@ -192,7 +193,7 @@ def leaves(found: list) -> tuple[complex, ...] | None:
     """
     try:
         numbers = _numbers(found)
-        values = tuple(complex(_at_fixed_point(x)) for x in numbers or ())
+        values = tuple(_as_complex(_at_fixed_point(x)) for x in numbers or ())
     except Exception:  # what sympy cannot take apart or evaluate
         return None
     return values if values and not any(map(cmath.isnan, values)) else None
@@ -248,11 +249,23 @@ def _fixed(name: str) -> Rational:
     return Rational(zlib.crc32(name.encode("utf-8", "replace")) % 997 + 500, 1000)
 
 
+def _as_complex(value: Expr) -> complex:
+    """A finite number too large for a float is infinite, with its binary logarithm for an imaginary part."""
+    number = complex(value)
+    if isinstance(value, Float) and cmath.isinf(number):
+        _, mantissa, exponent, _ = value._mpf_
+        try:
+            return complex(number.real, exponent + math.log2(mantissa))
+        except OverflowError:  # even the logarithm is
+            return complex(number.real, math.inf)
+    return number
+
+
 def differ(a: tuple[complex, ...] | None, b: tuple[complex, ...] | None) -> bool:
     """Whether a number of one is clearly none of the other's, so that `verify` can't call the two equal.
 
-    `verify` rounds to 6 decimals; the margins here are wider. An infinite number (of those, a finite one too large for
-    a float) is apart from every finite one. Saves `simplify` on each pair of unequal answers.
+    `verify` rounds to 6 decimals; the margins here are wider. Saves `simplify` on each pair of unequal answers, and
+    working out huge powers.
     """
     if a is None or b is None:
         return False
@@ -260,6 +273,9 @@ def differ(a: tuple[complex, ...] | None, b: tuple[complex, ...] | None) -> bool
     def apart(x, y):
         if cmath.isinf(x) != cmath.isinf(y):  # their difference would be no larger than the margin, infinite too
             return True
+        if cmath.isinf(x):  # told apart by their logarithms, if both have one
+            large = math.isinf(x.real) and math.isinf(y.real) and x.imag > 0 and y.imag > 0
+            return large and (x.real != y.real or apart(x.imag, y.imag))
         return x != y and not abs(x - y) <= 1e-5 + 1e-9 * max(abs(x), abs(y))
 
     return any(all(apart(x, y) for y in b) for x in a) or any(all(apart(x, y) for x in a) for y in b)
