@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from rlvd_jax import __version__, report
 from rlvd_jax.evaluation import Graded, analyse
@@ -38,17 +39,17 @@ PACKAGES = (
 SHOWN = 10  # responses of each model on the page
 
 
-def publish(study: Study, grader: Grader, progress=None) -> tuple[dict, Path]:
+def publish(study: Study, grader: Grader, progress=None, bars: bool = False) -> tuple[dict, Path]:
     """Analyse what has been sampled and write the page; → (results, path of the page).
 
-    progress: called with one line on what is being done.
+    progress: called with one line on what is being done; bars: with progress bars where that takes more than a second.
     """
     say = progress or (lambda line: None)
     config = study.config
     graded: dict[str, dict[str, Graded]] = {}
     for (model, problems), samples in study.analysed.items():
         say(f"equal answers of {model} on {problems}")
-        graded.setdefault(problems, {})[model] = collect(study, model, problems, samples, grader)
+        graded.setdefault(problems, {})[model] = collect(study, model, problems, samples, grader, bars)
     say("accuracy, capability, difficulty, intervals")
     comparisons = [
         {"base": c.base, "other": c.other, "problems": p, "claim": c.claim}
@@ -76,14 +77,14 @@ def publish(study: Study, grader: Grader, progress=None) -> tuple[dict, Path]:
     return results, page
 
 
-def collect(study: Study, model: str, problems: str, samples: int, grader: Grader) -> Graded:
+def collect(study: Study, model: str, problems: str, samples: int, grader: Grader, bar: bool = False) -> Graded:
     """One model's graded responses; the groups of equal answers are kept beside the set for the next time."""
     there = study.responses(model, problems)
     table = there.table(["problem_id", "sample", "text", "tokens", "stop", "answer", "correct"])
     table = table.filter(np.asarray(table["sample"]) < samples)
     ids = table["problem_id"].to_pylist()
     answers = table["answer"].to_pylist()
-    groups = _groups(study, there, ids, answers, grader)
+    groups = _groups(study, there, ids, answers, grader, bar)
     return Graded.from_columns(
         ids,
         table["correct"].to_pylist(),
@@ -96,7 +97,7 @@ def collect(study: Study, model: str, problems: str, samples: int, grader: Grade
     )
 
 
-def _groups(study: Study, there: ResponseSet, ids: list[str], answers: list, grader: Grader) -> np.ndarray:
+def _groups(study: Study, there: ResponseSet, ids: list[str], answers: list, grader: Grader, bar: bool) -> np.ndarray:
     """For each response the number of its answer's group within its question."""
     key = hashlib.sha256(repr(list(zip(ids, answers, strict=True))).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     path = study.root / "analysis" / f"groups-{there.directory.name}-{key}.npy"
@@ -106,7 +107,8 @@ def _groups(study: Study, there: ResponseSet, ids: list[str], answers: list, gra
     for i, id in enumerate(ids):
         of_question.setdefault(id, []).append(i)
     groups = np.empty(len(ids), np.int32)
-    found = grader.groups([[answers[i] for i in rows] for rows in of_question.values()])
+    with tqdm(total=len(of_question), unit="question", leave=False, delay=1, disable=not bar) as shown:
+        found = grader.groups([[answers[i] for i in rows] for rows in of_question.values()], shown.update)
     for rows, numbers in zip(of_question.values(), found, strict=True):
         groups[rows] = numbers
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -202,7 +202,7 @@ def work_through(study, quiet: bool, start: float) -> None:
             say(f"      {time.monotonic() - began:,.0f} s")
 
         def results():
-            results, page = publish(study, grader, lambda line: say(f"[report] {line}"))
+            results, page = publish(study, grader, lambda line: say(f"[report] {line}"), bars=not quiet)
             say(f"\n{summary_table(results)}")
             minutes, seconds = divmod(round(time.monotonic() - start), 60)
             say(f"\npage: {page} ({minutes} min {seconds} s)")

@@ -37,6 +37,14 @@ x=3|3=x|y=x+1|y-x=1|2x+z=1|x<3|3>x|1<x<2|(1,2)|[1,2]|[1,2)|\{1,2\}|\{2,1\}|1,2|2
 \begin{pmatrix}1\\3\end{pmatrix}|(1,2,3)|(3,2,1)|4:30 \text{ p.m.}|\text{4:30 p.m.}|12_{8}|\frac{1}{0}|?|31.
 """.strip().replace("\n", "|").split("|")  # fmt: skip
 
+# Those that the worker compares in ways of its own: infinite sets, unions, lone symbols, functions, equations.
+SETS = r"""
+(-\infty,1)\cup(1,\infty)|(1,\infty)\cup(-\infty,1)|(-\infty,1)\cup(5,\infty)|(-\infty,3]\cup[3,\infty)|(-\infty,\infty)
+\mathbb{R}|(0,1)\cup(1,2)\cup\{1\}|(0,2)|(0,1)\cup(1,2)\cup(2,3)|(0,1)\cup(2,1)\cup(1,3)|\{x,1\}|\{1,x\}|\{x\}|x|1,e|e|\emptyset
+\text{None}|10^{400}|10^{401}|\infty|x\leq 3|3\geq x|(-\infty,3]|-3<x<3|(-3,3)|f(x)+1|1+f(x)|f(x+1)|f(1+x)|f(2)
+f^{-1}(2)|\frac{1}{f(2)}|10^{400}+1|-10^{400}|g(x)+1|a+b=3|b+a=3|a=3-b|2a+2b=6|a+c=3|x=2|2=x|x^2=4|4-x^2=0|y=2|x^2=-1|y^2=-1|0=1|x^2+y^2=-1
+""".strip().replace("\n", "|").split("|")  # fmt: skip
+
 
 def boxed(answer) -> str:
     return rf"\boxed{{{answer}}}"
@@ -276,9 +284,21 @@ from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from sympy import srepr
 
-answers = json.load(sys.stdin)
+answers, sets = json.load(sys.stdin)
 assert not [m for m in sys.modules if m.partition(".")[0] in ("jax", "jaxlib", "flax", "torch")]
+of_sets = [judge.parse_answer(a) for a in sets]
+numbers = [judge.leaves([x for x in p if not isinstance(x, str)]) for p in of_sets]
+some = [(i, j) for i, j in itertools.product(range(len(sets)), repeat=2) if abs(i - j) < 4 or (i + 5 * j) % 8 == 0]
+shortcuts = [judge.verify(of_sets[i], of_sets[j]) for i, j in some]
+told = [judge.differ(numbers[i], numbers[j]) for i, j in some]
 math_verify.grader.sympy_symbolic_eq = judge._symbolic_eq
+math_verify.grader.sympy_compare_sets = judge._compare_sets
+math_verify.grader.sympy_solve_and_compare = judge._solve_and_compare
+verdicts = [judge.verify(of_sets[i], of_sets[j]) for i, j in some]
+different = [
+    (sets[i], sets[j]) for (i, j), x, y, t in zip(some, shortcuts, verdicts, told) if x != y or (t and y)
+]
+
 parsed = [judge.parse_answer(a) for a in answers]
 leaves = [judge.leaves([x for x in p if not isinstance(x, str)]) for p in parsed]
 pairs = [(i, j) for i, j in itertools.permutations(range(len(answers)), 2) if judge.differ(leaves[i], leaves[j])]
@@ -301,6 +321,7 @@ two, one = list(trees(judge._create_parser_in_two_stages)), list(trees(full))
 from sympy.parsing.sympy_parser import parse_expr
 numbers = ["0", "31", "3.50", "0.042", "12345678901234567890", "3.14159265358979323846264338"]
 print(json.dumps({
+    "different_verdicts": different, "equal": sum(verdicts), "told": sum(told),
     "leaves": sum(x is not None for x in leaves), "pairs": len(pairs), "wrong": wrong,
     "trees": sum(t is not None for t in one),
     "different_trees": [a for a, s, t in zip(answers, two, one) if s != t],
@@ -316,9 +337,12 @@ def run(script: str, **options) -> subprocess.CompletedProcess:
 
 def test_shortcuts_change_no_verdict():
     """What the worker does faster than math-verify: pairs it calls unequal unseen, parse trees, numbers."""
-    done = run(SHORTCUTS, input=json.dumps(TRICKY))
+    done = run(SHORTCUTS, input=json.dumps([TRICKY, SETS]))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found["different_verdicts"] == []
+    assert found["equal"] > len(SETS) + 20
+    assert found["told"] > 80
     assert found["wrong"] == found["different_trees"] == found["different_numbers"] == []
     assert found["leaves"] > 70
     assert found["pairs"] > 4000
@@ -593,7 +617,8 @@ def test_groups(grader):
         ["50", r"50\%", r"\frac{1}{2}", "0.5"],
         ["1/0", "1/0", r"\frac{1}{", r"\frac{1}{", "}{"],
     ]
-    assert grader.groups(questions) == [
+    done = []
+    assert grader.groups(questions, lambda: done.append(1)) == [
         [0, 0, 0, -1, 0, 1, 0, 2, 2],
         [-1, -1],
         [],
@@ -606,6 +631,7 @@ def test_groups(grader):
         [0, 0, 1, 1],
         [0, 0, 1, 1, 2],
     ]
+    assert len(done) == len(questions)
 
 
 def test_groups_take_both_orders_of_verify(grader):
@@ -614,6 +640,22 @@ def test_groups_take_both_orders_of_verify(grader):
     assert plain(interval, boxed("(1, 2)")) and not plain("(1, 2)", boxed(interval))
     for answers in (["1", equation], [equation, "1"], [interval, "(1, 2)"], ["(1, 2)", interval]):
         assert grader.groups([answers]) == [[0, 1]]
+
+
+def test_huge_answers_cost_the_others_nothing():
+    """Apart from every ordinary number without being worked out: all of the budget is left for the others."""
+    answers = [
+        "2^{2^{65536}}",
+        "2^{235423524}",
+        "2^{118710845}",
+        *map(str, range(100, 118)),
+        r"\{1, 2\}",
+        r"(-\infty, 2)",
+        "65536",
+        "2^{16}",
+    ]
+    with Grader(workers=1, deadline=0.5) as grader:
+        assert grader.groups([answers]) == [[*range(24), 23]]
 
 
 def test_groups_of_hostile_answers_are_bounded():

@@ -90,6 +90,22 @@ def test_the_table(three, tmp_path, capsys):
     assert "test, less rl\n" in printed and all(c in printed for c in first["rl"])
 
 
+def test_the_figure(three, tmp_path, capsys):
+    assert seeds.main([*map(str, three), "--figure", str(tmp_path / "trade.png")]) == 0
+    assert (tmp_path / "trade.png").read_bytes().startswith(b"\x89PNG")
+    with seeds.figures.style():
+        (panel,) = seeds.figure(seeds.load(three), "three seeds").axes
+    points = {c.get_label(): c for c in panel.containers}
+    assert list(points) == ["base", "rl", "other"]
+    line, _, (across, up) = points["rl"]
+    accuracy, capability = [100 * n / 6 / 64 for n in (67, 68, 74)], [50, 100 / 3, 50]
+    assert np.ravel(line.get_data()) == pytest.approx([np.mean(accuracy), np.mean(capability)])
+    for bar, values, axis in ((across, accuracy, 0), (up, capability, 1)):
+        (ends,) = (segment[:, axis] for segment in bar.get_segments())
+        assert np.ptp(ends) / 2 == pytest.approx(4.3027 * np.std(values, ddof=1) / np.sqrt(3), rel=1e-4)
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("accuracy, %", "pass@64, %")
+
+
 def test_one_seed_has_no_interval(three, tmp_path, capsys):
     assert seeds.main([str(three[0])]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("rl"))

@@ -1,12 +1,14 @@
 """One table of the same study under several seeds, from its results.json files.
 
     python tools/seeds.py runs/seed-*/demo-remedies/report/results.json [--against rl] [--markdown FILE]
+        [--figure FILE.png]
 
 For every set of problems a row of each model: accuracy, pass@k at the largest k, and, where the model is compared with
 a base model, the fate of the questions that the base model solves never, [0], or rarely, [1–4]: the share of [0] that
 leave it and the share of [1–4] that fall to [0], each with what sampling noise alone would give, and the mean gain in
 success rate of every bin. All in percent: the mean over seeds with its 95% t-interval. --against: a second table, of
-each model less this one, paired by seed (and so with the same draws of the same base model).
+each model less this one, paired by seed (and so with the same draws of the same base model). --figure: accuracy against
+pass@k, a point with both intervals for each model, a panel for each set of problems.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from matplotlib.figure import Figure
+
 from rlvd_jax.errors import UserError, nearest
-from rlvd_jax.report.text import DASH, number
+from rlvd_jax.report import figures
+from rlvd_jax.report.text import DASH, number, shorten
 
 Row = dict[str, float]  # by column, in percent; not a number where undefined
 
@@ -111,6 +116,39 @@ def table(of_seeds: Sequence[dict[str, Row]], against: str | None = None) -> lis
     return lines
 
 
+def figure(of_seeds: Sequence[dict], subtitle: str) -> Figure:
+    """Mean accuracy and pass@k of each model with 95% t-intervals over seeds, a panel for each set of problems.
+
+    of_seeds: the results of each seed. To be drawn and saved within `figures.style()`.
+    """
+    sets = of_seeds[0]["problems"]
+    look = figures.looks(dict.fromkeys(m for found in sets.values() for m in found["models"]))
+    width, height = 3.3 * len(sets) + 1.9, 4.0  # inches
+    drawn = Figure(figsize=(width, height))
+    drawn.text(0.12 / width, 0.97, "Accuracy and capability", fontsize=10.5, weight="bold", va="top")
+    drawn.text(0.12 / width, 0.915, shorten(subtitle, 90), fontsize=8.5, color=figures.MUTED, va="top")
+    panels = drawn.subplots(1, len(sets), squeeze=False)[0]
+    right = 1 - 1.85 / width
+    drawn.subplots_adjust(left=0.6 / width, right=right, top=0.8, bottom=0.45 / height, wspace=0.24)
+    handles = {}
+    for ax, (problems, found) in zip(panels, sets.items(), strict=True):
+        of_models = [rows(r, problems) for r in of_seeds]
+        for model, row in of_models[0].items():
+            columns = list(row)[:2]
+            (x, dx), (y, dy) = (mean([r[model][c] for r in of_models]) for c in columns)
+            m = look[model]
+            handles[model] = ax.errorbar(
+                x, y, np.nan_to_num(dy), np.nan_to_num(dx), fmt=m.marker, color=m.color, elinewidth=1.1, label=m.label
+            )
+            ax.set_xlabel(f"{columns[0]}, %")
+            ax.set_ylabel(f"{columns[1]}, %")
+        ax.set_title(f"{problems}, {found['questions']:,} questions", fontsize=9, loc="left")
+        ax.grid()
+    place = {"loc": "upper left", "bbox_to_anchor": (right + 0.015, 0.8)}
+    drawn.legend(handles=list(handles.values()), labelspacing=0.9, **place)
+    return drawn
+
+
 def plain(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
@@ -128,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--against", metavar="MODEL", help="a second table: each model less this one")
     parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the tables there too, as Markdown")
+    parser.add_argument("--figure", metavar="FILE.png", type=Path, help="draw accuracy against pass@k there")
     args = parser.parse_args(argv)
     try:
         of_seeds = load(args.results)
@@ -148,6 +187,9 @@ def main(argv: list[str] | None = None) -> int:
                 written.append(f"{title}\n\n{markdown(lines)}\n")
         if args.markdown:
             args.markdown.write_text("\n".join(written), encoding="utf-8")
+        if args.figure:
+            with figures.style():
+                args.figure.write_bytes(figures.png(figure(of_seeds, f"{seeds}: means, 95% t-intervals"), dpi=110))
     except UserError as error:
         print(f"seeds: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from hashlib import blake2b
 from typing import Literal, NamedTuple, Self
@@ -111,7 +111,9 @@ class Grader:
             raise
         return submission.future
 
-    def groups(self, answers_by_question: Iterable[Sequence[str | None]]) -> list[list[int]]:
+    def groups(
+        self, answers_by_question: Iterable[Sequence[str | None]], progress: Callable[[], object] | None = None
+    ) -> list[list[int]]:
         """Which answers to a question are equal: for each list of answers, the group of each of them.
 
         Groups are numbered from 0 in the order in which they first appear; no answer (None) is -1. Equal strings are
@@ -121,6 +123,8 @@ class Grader:
 
         The answers to one question take at most 10 deadlines of processor time; those that are left then are grouped
         by equal strings alone, as are answers that can't be parsed within the deadline.
+
+        progress: called once for each question, when it and all before it are done.
         """
         questions = [list(answers) for answers in answers_by_question]
         futures, tasks = [], []
@@ -140,6 +144,8 @@ class Grader:
             group = dict(zip(distinct, future.result(), strict=True))
             order = {g: i for i, g in enumerate(dict.fromkeys(group[a] for a in answers if a is not None))}
             result.append([-1 if a is None else order[group[a]] for a in answers])
+            if progress:
+                progress()
         return result
 
     def _finish(self, task: "_Judgement", correct: bool, reason: str, found: str | None = None) -> None:

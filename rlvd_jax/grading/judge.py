@@ -6,6 +6,7 @@ math-verify's own time limits are off: they need SIGALRM and a running interpret
 """
 
 import cmath
+import math
 import re
 import time
 import zlib
@@ -17,7 +18,9 @@ import math_verify.parser
 from antlr4.atn.PredictionMode import PredictionMode
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from sympy import (
+    Add,
     Derivative,
+    Eq,
     Expr,
     FiniteSet,
     Float,
@@ -26,13 +29,17 @@ from sympy import (
     Limit,
     MatrixBase,
     Rational,
+    Set,
     Symbol,
     Tuple,
     UnevaluatedExpr,
     Union,
+    count_ops,
     latex,
 )
 from sympy.concrete.expr_with_limits import ExprWithLimits
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 from sympy.matrices.expressions.matexpr import MatrixExpr
 from sympy.parsing import sympy_parser
 
@@ -71,6 +78,21 @@ def same_string(a: list, b: list) -> bool:
 def verify(gold: list, target: list) -> bool:
     """`math_verify.verify` without its time limit, the comparison of strings first because it costs nothing."""
     return same_string(gold, target) or math_verify.verify(gold, target, timeout_seconds=None)
+
+
+def equal(a: list, b: list) -> bool:
+    """Whether `verify` is true in both orders.
+
+    Tried first is the order that compares a relation as it stands: in the other it is solved for a set, or its right
+    side alone counts.
+    """
+
+    def has(kind, found):
+        return any(isinstance(x, kind) for x in found)
+
+    if (has(Boolean, a) and has(Set, b)) or (has(Boolean, b) and not has(Set, a)):
+        a, b = b, a
+    return verify(a, b) and verify(b, a)
 
 
 def judge(gold: str, text: str, has_box: bool):
@@ -148,7 +170,7 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
                     home = g
                 elif not differ(leader[1], mine[1]):
                     yield False, ("try", i, g, spent())
-                    if verify(leader[0], mine[0]) and verify(mine[0], leader[0]):
+                    if equal(leader[0], mine[0]):
                         home = g
                 if home is not None:
                     break
@@ -171,7 +193,7 @@ def leaves(found: list) -> tuple[complex, ...] | None:
     """
     try:
         numbers = _numbers(found)
-        values = tuple(complex(_at_fixed_point(x)) for x in numbers or ())
+        values = tuple(_as_complex(_at_fixed_point(x)) for x in numbers or ())
     except Exception:  # what sympy cannot take apart or evaluate
         return None
     return values if values and not any(map(cmath.isnan, values)) else None
@@ -186,8 +208,11 @@ def _numbers(found: list) -> list[Expr] | None:
             todo += x.args
         elif isinstance(x, Interval):
             todo += (x.start, x.end)
-        elif isinstance(x, Union) and len(x.args) <= _LEAVES:
-            whole = Union(*x.args)  # merges what overlaps: then the ends are the same however it was written
+        elif isinstance(x, Union):
+            parts = _parts(x)
+            if len(parts) > _LEAVES:
+                return None
+            whole = Union(*parts)  # merges what overlaps: then the ends are the same however it was written
             if isinstance(whole, Union) and not all(isinstance(part, (Interval, FiniteSet)) for part in whole.args):
                 return None
             todo += whole.args if isinstance(whole, Union) else (whole,)
@@ -202,22 +227,55 @@ def _numbers(found: list) -> list[Expr] | None:
     return numbers
 
 
+def _parts(union: Union) -> list:
+    """What is united, in a union of unions too; math-verify's parser makes one of three sets."""
+    return [part for x in union.args for part in (_parts(x) if isinstance(x, Union) else (x,))]
+
+
 def _at_fixed_point(x: Expr) -> Expr:
-    """The value of `x` with fixed numbers for its symbols: equal expressions are equal there too."""
-    return x.evalf(
-        subs={s: Rational(zlib.crc32(s.name.encode("utf-8", "replace")) % 997 + 500, 1000) for s in x.free_symbols}
-    )
+    """The value of `x` with fixed numbers for its symbols and a fixed linear function for each of its unknown ones:
+    equal expressions are equal there too."""
+    if x.has(AppliedUndef):
+        x = x.replace(lambda part: isinstance(part, AppliedUndef), _value)
+    return x.evalf(subs={s: _fixed(s.name) for s in x.free_symbols})
+
+
+def _value(call: AppliedUndef) -> Expr:
+    name = type(call).__name__
+    return Add(_fixed(name), *(_fixed(f"{name} {i}") * x for i, x in enumerate(call.args)))
+
+
+def _fixed(name: str) -> Rational:
+    return Rational(zlib.crc32(name.encode("utf-8", "replace")) % 997 + 500, 1000)
+
+
+def _as_complex(value: Expr) -> complex:
+    """A finite number too large for a float is infinite, with its binary logarithm for an imaginary part."""
+    number = complex(value)
+    if isinstance(value, Float) and cmath.isinf(number):
+        _, mantissa, exponent, _ = value._mpf_
+        try:
+            return complex(number.real, exponent + math.log2(mantissa))
+        except OverflowError:  # even the logarithm is
+            return complex(number.real, math.inf)
+    return number
 
 
 def differ(a: tuple[complex, ...] | None, b: tuple[complex, ...] | None) -> bool:
     """Whether a number of one is clearly none of the other's, so that `verify` can't call the two equal.
 
-    `verify` rounds to 6 decimals; the margins here are wider. Saves `simplify` on each pair of unequal answers.
+    `verify` rounds to 6 decimals; the margins here are wider. Saves `simplify` on each pair of unequal answers, and
+    working out huge powers.
     """
     if a is None or b is None:
         return False
 
     def apart(x, y):
+        if cmath.isinf(x) != cmath.isinf(y):  # their difference would be no larger than the margin, infinite too
+            return True
+        if cmath.isinf(x):  # told apart by their logarithms, if both have one
+            large = math.isinf(x.real) and math.isinf(y.real) and x.imag > 0 and y.imag > 0
+            return large and (x.real != y.real or apart(x.imag, y.imag))
         return x != y and not abs(x - y) <= 1e-5 + 1e-9 * max(abs(x), abs(y))
 
     return any(all(apart(x, y) for y in b) for x in a) or any(all(apart(x, y) for x in a) for y in b)
@@ -230,6 +288,8 @@ _create_parser = _Latex2Sympy.create_parser
 _parse_expr = sympy_parser.parse_expr
 _solve = math_verify.grader.solve
 _symbolic_eq = math_verify.grader.sympy_symbolic_eq
+_compare_sets = math_verify.grader.sympy_compare_sets
+_solve_and_compare = math_verify.grader.sympy_solve_and_compare
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,30})(\.[0-9]{1,30})?")
 
 
@@ -281,9 +341,32 @@ def _solve_once(relation, symbols: frozenset):
     return _solve(relation, set(symbols))
 
 
+def _solve_and_compare_unless_different(gold, pred, *precision) -> bool:
+    """math-verify solves both equations. Two that have solutions are equal to it only if each solution of one names
+    symbols that the other has, so mostly the simpler one's tell."""
+    if isinstance(gold, Eq) and isinstance(pred, Eq):
+        simple, other = sorted((gold, pred), key=count_ops)
+        found = math_verify.grader.solve(simple, simple.free_symbols)
+        if not all(isinstance(solution, dict) and solution.keys() <= other.free_symbols for solution in found):
+            return False
+    return _solve_and_compare(gold, pred, *precision)
+
+
 def _symbolic_eq_unless_different(a, b) -> bool:
     """math-verify's last test, `simplify(a - b)` is zero: nearly all the time of a comparison of unequal answers."""
     return not differ(leaves([a]), leaves([b])) and _symbolic_eq(a, b)
+
+
+def _compare_sets_unless_symbol(gold, pred, *precision) -> bool:
+    """math-verify subtracts the set of a lone symbol from the other set; what is left is never surely nothing if the
+    symbol isn't in that."""
+    for symbol, other in ((gold, pred), (pred, gold)):
+        if isinstance(symbol, Symbol) and isinstance(other, Set) and symbol not in other.free_symbols:
+            sets = (FiniteSet(x) if x is symbol else x for x in (gold, pred))
+            return isinstance(other, FiniteSet) and math_verify.grader.sympy_deep_compare_set_and_tuple(
+                *sets, *precision
+            )
+    return _compare_sets(gold, pred, *precision)
 
 
 math_verify.parser.parse_latex_cached = _parse_latex
@@ -291,3 +374,5 @@ sympy_parser.parse_expr = _parse_expr_or_number
 _Latex2Sympy.create_parser = _create_parser_in_two_stages
 math_verify.grader.solve = lambda relation, symbols: _solve_once(relation, frozenset(symbols))
 math_verify.grader.sympy_symbolic_eq = _symbolic_eq_unless_different
+math_verify.grader.sympy_compare_sets = _compare_sets_unless_symbol
+math_verify.grader.sympy_solve_and_compare = _solve_and_compare_unless_different
