@@ -409,7 +409,7 @@ def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
 
 
 def test_slots_that_fit_in_memory():
-    """A few numbers of slots where there is room, about as many as asked for or needed, and a sentence where none fits."""
+    """A few numbers of slots where there is room, about as many as asked for, and a sentence where none fits."""
     config = dataclasses.replace(TIED, max_position_embeddings=512)
     # A prompt of up to 128 and 80 tokens, in whole 64s.
     each = 256 * TIED.cache_bytes(4) + 6 * 4 * TIED.vocab_size
