@@ -562,14 +562,18 @@ def test_workers_end_with_the_parent(sent):
     )
     assert [parent.stdout.readline().strip() for _ in range(2)] == ["main", "True"]
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    wait_for(lambda: all(map(children, pids)))
-    pids += [child for pid in pids for child in children(pid)]
-    assert len(pids) == 4 and not any(map(gone, pids))
+    family = []
+
+    def all_there():  # while no child that took too long is being replaced
+        family[:] = [*pids, *(child for pid in pids for child in children(pid))]
+        return len(family) == 4 and not any(map(gone, family))
+
+    wait_for(all_there)
     parent.send_signal(sent)
     _, errors = parent.communicate(timeout=60)
     assert parent.returncode == -sent
     assert errors.strip().splitlines()[-1:] == (["KeyboardInterrupt"] if sent == signal.SIGINT else [])
-    wait_for(lambda: all(map(gone, pids)))
+    wait_for(lambda: all(map(gone, family)))
 
 
 def test_closing_fails_what_is_not_done():
