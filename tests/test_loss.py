@@ -8,7 +8,7 @@ import pytest
 import training_helpers as tiny
 
 from rlvd_jax.training.batches import Example, pack, token_weights
-from rlvd_jax.training.loss import Objective, loss, segment_mean, token_logprobs
+from rlvd_jax.training.loss import Objective, loss, loss_of_hidden, segment_mean, token_logprobs
 from rlvd_jax.training.rewards import advantages
 
 V, D, END, LIMIT, TEMPERATURE = 7, 3, 0, 6, 0.8
@@ -114,9 +114,9 @@ def logp_of(e_u, batch):
     return forward(e_u, batch)[0]
 
 
-def ours(e_u, batch, objective):
-    of_entropy = bool(objective and objective.entropy)
-    return loss(*forward(e_u, batch, of_entropy=of_entropy), batch, objective)
+def ours(e_u, batch, objective, **options):
+    hidden = e_u[0][batch["tokens"]]
+    return loss_of_hidden(hidden, e_u[1], batch, objective, temperature=TEMPERATURE, **options)
 
 
 def compare(
