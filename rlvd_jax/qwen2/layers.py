@@ -20,7 +20,6 @@ def rope_table(positions, head_dim, theta):
     return jnp.cos(angle), jnp.sin(angle)
 
 
-@jax.custom_vjp
 def rotate(x, table):
     """Rotary position embedding; x: [..., heads, head_dim], table: cos, sin of [..., head_dim / 2].
 
@@ -29,10 +28,6 @@ def rotate(x, table):
     cos, sin = (t[..., None, :] for t in table)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-# The gradient is turned back, in one pass; differentiated by JAX, the halves would be put together in another.
-rotate.defvjp(lambda x, table: (rotate(x, table), table), lambda table, g: (rotate(g, (table[0], -table[1])), None))
 
 
 def swiglu(gate, up):
