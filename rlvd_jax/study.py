@@ -172,7 +172,7 @@ class Study:
             "parent": self.identity(recipe.parent),
         }
         if grpo := recipe.grpo:
-            aside = {"checkpoint_every", "micro_rows"}
+            aside = {"checkpoint_every", "micro_rows", "unroll"}
             whole = {"start", "problems", "sampling", "evaluate_on", "evaluate_sampling"}  # below, as they come out
             if grpo.solved_by:
                 whole |= {"solved_by", "solved_samples"}
@@ -189,9 +189,8 @@ class Study:
                 ],
             }
         sft = recipe.sft
-        how = sft.model_dump(
-            mode="json", exclude={"checkpoint_every", "micro_rows", "student", "teacher", "problems", "only_solved_by"}
-        )
+        aside = {"checkpoint_every", "micro_rows", "unroll", "student", "teacher", "problems", "only_solved_by"}
+        how = sft.model_dump(mode="json", exclude=aside)
         return common | {
             "sft": how | {"samples": sft.samples or c.sampling.samples},
             "teacher": self.set_settings(sft.teacher, sft.problems),

@@ -1,6 +1,8 @@
 """The loss and its gradient against a NumPy computation that shares nothing with it: responses in padded rows, each by
 itself, in float64, differentiated numerically. The model is a bigram: the hidden state is the last token's row of E."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import training_helpers as tiny
 
 from rlvd_jax.training.batches import Example, pack, token_weights
-from rlvd_jax.training.loss import Objective, loss, segment_mean, token_logprobs
+from rlvd_jax.training.loss import Objective, loss_of_hidden, segment_mean, token_logprobs
 from rlvd_jax.training.rewards import advantages
 
 V, D, END, LIMIT, TEMPERATURE = 7, 3, 0, 6, 0.8
@@ -114,9 +116,9 @@ def logp_of(e_u, batch):
     return forward(e_u, batch)[0]
 
 
-def ours(e_u, batch, objective):
-    of_entropy = bool(objective and objective.entropy)
-    return loss(*forward(e_u, batch, of_entropy=of_entropy), batch, objective)
+def ours(e_u, batch, objective, **options):
+    hidden = e_u[0][batch["tokens"]]
+    return loss_of_hidden(hidden, e_u[1], batch, objective, temperature=TEMPERATURE, **options)
 
 
 def compare(
@@ -270,6 +272,24 @@ def test_no_overflow_outside_the_response():
         batch[key] = jnp.where(batch["weight"] > 0, logp_of(now, batch), 1e4 if key == "reference" else -1e4)
     value, gradient = jax.value_and_grad(lambda x: ours(x, batch, Objective(kl=0.1))[0])(now)
     assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("objective", [None, Objective(kl=0.1, entropy=0.2), Objective(ratio="sequence", entropy=0.2)])
+@pytest.mark.parametrize("logits", [1, 300])
+def test_chunks_of_logits_do_not_change_the_loss(objective, logits):
+    """Nor its sums and gradients, whatever the loss is multiplied with."""
+    batch, now = batch_of("grpo", "batch"), jnp.float32(tables(0))
+    batch |= {"old": logp_of(now * 0.9, batch), "reference": logp_of(now * 0.8, batch)}
+
+    def of(x, factor, **options):
+        value, sums = ours(x, batch, objective, **options)
+        return factor * value, sums
+
+    (value, sums), gradient = jax.value_and_grad(of, has_aux=True)(now, 1.0)
+    (tripled, same), chunked = jax.value_and_grad(partial(of, factor=3.0, logits=logits), has_aux=True)(now)
+    assert float(tripled) == pytest.approx(3 * float(value), rel=1e-5)
+    assert {k: float(v) for k, v in same.items()} == pytest.approx({k: float(v) for k, v in sums.items()}, rel=1e-5)
+    np.testing.assert_allclose(chunked, 3 * gradient, atol=2e-6)
 
 
 def test_segment_mean_by_hand():

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,11 +12,13 @@ import training_helpers as tiny
 from flax import nnx
 
 from rlvd_jax.config import MeshConfig, OptimizerConfig
+from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2.mesh import make_mesh
+from rlvd_jax.qwen2.model import HEADS, WIDE, unstack
 from rlvd_jax.training.batches import pack, token_weights
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.optimizer import decayed, learning_rate, make_optimizer
-from rlvd_jax.training.step import Trainer, TrainState, segment_lengths
+from rlvd_jax.training.step import Trainer, TrainState, layers_kept, segment_lengths
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=None, weight_decay=0.0)
 
@@ -133,6 +136,55 @@ def test_rows_and_micro_batches_change_nothing(policy, row_tokens, micro_rows):
     for name, value in metrics.items():
         assert others[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
     assert_close(gradient(other), gradient(state), 2e-6)
+
+
+@pytest.mark.parametrize("micro_rows, keep", [(4, 2), (4, 1), (1, 0)])
+def test_unrolled_layers_change_nothing(policy, monkeypatch, micro_rows, keep):
+    """However many layers keep their wide products; in one micro-batch and with their gradients added up."""
+    unrolled = Trainer(tiny.CONFIG, jnp.float32, tiny.mesh(), PLAIN, Objective(), temperature=0.9, unroll=True)
+    monkeypatch.setattr(unrolled, "_keep", lambda shape: keep)
+    batch = batch_of(tiny.examples(9, policy=True), 400 if micro_rows > 1 else 20, micro_rows)
+    assert (batch["tokens"].shape[0] == 1) == (micro_rows > 1)
+    (state, metrics), (other, others) = first_update(policy, batch), first_update(unrolled, batch)
+    for name, value in metrics.items():
+        assert others[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    assert_close(gradient(other), gradient(state), 2e-6)
+
+
+def test_what_unrolled_layers_keep(capsys):
+    """Of each layer queries, keys and values, and of the last one the wide products too."""
+    graphdef, params = nnx.split(Qwen2(tiny.CONFIG), nnx.Param)
+    rows = np.zeros((3, 2, 7), np.int32)
+    for keep in (0, 1, 2):
+        model = partial(lambda keep, p: nnx.merge(graphdef, p)(*rows, keep=keep), keep)
+        jax.ad_checkpoint.print_saved_residuals(model, unstack(params, jnp.float32))
+        kept = capsys.readouterr().out
+        assert (kept.count(f"named '{HEADS}'"), kept.count(f"named '{WIDE}'")) == (2 * 3, keep * 2)
+
+
+def test_as_many_layers_are_kept_as_there_is_room_for():
+    """The 1.5B, 8 rows of 2,048 tokens: compiled for an H100, 23 layers make it 39.5 GiB, and all of 28 42.2 GiB in a
+    loop, where all are kept or none."""
+    c = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
+
+    def kept(gib, unrolled=True, several=False, **mesh):
+        axes = {"data": 1, "fsdp": 1, "tensor": 1} | mesh
+        return layers_kept(c, 2, axes, 8 * 2048, several, unrolled, gib * 2**30)
+
+    assert [kept(gib) for gib in (20, 39.7, 73)] == [0, 23, 28]
+    assert kept(39.7, several=True) < 23 < kept(39.7, fsdp=2)
+    assert [kept(gib, unrolled=False) for gib in (40, 73)] == [0, 28]
 
 
 def test_logprobs_are_those_of_the_loss(policy):

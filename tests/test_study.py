@@ -142,8 +142,10 @@ EVERY_SET = {f"{m} on {p}" for m, p in SETS}
 CHANGES = {
     # what no result depends on
     "models.rl.grpo.micro_rows=8": set(),
+    "models.rl.grpo.unroll=true": set(),
     "models.rl.grpo.checkpoint_every=1": set(),
     "models.self.sft.micro_rows=8": set(),
+    "models.self.sft.unroll=true": set(),
     "models.self.sft.checkpoint_every=1": set(),
     "sampling.slots=4": set(),
     "grader.deadline=1": set(),

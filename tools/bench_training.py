@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of the batch, on each device")
     parser.add_argument("--tokens", type=int, default=2048, help="of a row")
     parser.add_argument("--micro-rows", type=int, nargs="+", default=[4], help="on each device at a time")
+    parser.add_argument("--unroll", action="store_true", help="each layer compiled by itself")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="that an update may use; else what the GPU has")
     parser.add_argument("--packed", action="store_true", help="several examples a row")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=4)
@@ -72,7 +74,9 @@ def main() -> None:
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp))
     results = []
     for micro_rows in args.micro_rows:
-        trainer = Trainer(c, dtype, mesh, OptimizerConfig(), Objective() if args.objective == "grpo" else None)
+        objective = Objective() if args.objective == "grpo" else None
+        memory = args.memory and args.memory * 2**30
+        trainer = Trainer(c, dtype, mesh, OptimizerConfig(), objective, unroll=args.unroll, memory=memory)
         shardings = trainer.shardings.params
         make = jax.jit(lambda: nnx.split(Qwen2(c, nnx.Rngs(0), dtype=dtype), nnx.Param)[1], out_shardings=shardings)
         state = trainer.init(make())
@@ -103,6 +107,8 @@ def main() -> None:
             "rows": args.rows,
             "row_tokens": args.tokens,
             "micro_rows": micro_rows,
+            "unroll": args.unroll,
+            "memory": args.memory,
             "packed": args.packed,
             "tokens": tokens,
             "seconds": seconds,
@@ -114,10 +120,11 @@ def main() -> None:
             "losses": losses,
         }
         results.append(result)
+        how = " unrolled" * args.unroll + (f" within {args.memory:g} GiB" if args.memory else "")
         print(
             f"{args.shape} {args.objective} {args.rows} × {args.tokens}{' packed' if args.packed else ''}, "
-            f"{micro_rows} at a time: {tokens / seconds:,.0f} tokens/s, {seconds:.3f} s, {result['mfu']:.1%} of the "
-            f"chip; peak {(result['compiler_peak'] or 0) / 2**30:.1f} GiB; compiled in {compile_seconds:.0f} s; "
+            f"{micro_rows} at a time{how}: {tokens / seconds:,.0f} tokens/s, {seconds:.3f} s, {result['mfu']:.1%} of "
+            f"the chip; peak {(result['compiler_peak'] or 0) / 2**30:.1f} GiB; compiled in {compile_seconds:.0f} s; "
             f"loss {losses[0]:.4f}, then {losses[-1]:.4f}",
             flush=True,
         )

@@ -65,18 +65,18 @@ def cudnn(q, k, v, lengths):
     # Behind `jax.nn.dot_product_attention`, which takes one sequence a row; it has no public name.
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
+    scale = q.shape[-1] ** -0.5
+    if lengths.shape[1] == 1:  # padding comes last: no token that matters sees it, and what it gets is finite
+        return dot_product_attention(q, k, v, scale=scale, mask_type=MaskType.CAUSAL)
     # The kernel leaves padding as it finds it, gradients too, and nothing times what lies there need not be nothing.
     there = (jnp.arange(q.shape[1]) < lengths.sum(axis=1)[:, None])[:, :, None, None]
     q, k, v = (jnp.where(there, x, 0) for x in (q, k, v))
-    if lengths.shape[1] == 1:
-        sequences = {"q_seqlen": lengths[:, 0], "kv_seqlen": lengths[:, 0]}
-    else:
-        used = lengths > 0
-        offsets = jnp.where(used, jnp.cumsum(lengths, axis=1) - lengths, -1)
-        offsets = jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1)
-        lengths = jnp.where(used, lengths, -1)
-        sequences = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
-    out = dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL, **sequences)
+    used = lengths > 0
+    offsets = jnp.where(used, jnp.cumsum(lengths, axis=1) - lengths, -1)
+    offsets = jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1)
+    lengths = jnp.where(used, lengths, -1)
+    sequences = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": offsets, "kv_offsets": offsets}
+    out = dot_product_attention(q, k, v, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **sequences)
     return jnp.where(there, out, 0)
 
 

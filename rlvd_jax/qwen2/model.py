@@ -74,30 +74,57 @@ def _make(w: Weight, rngs: nnx.Rngs, dtype, lead=()):
     return nnx.Param((jnp.ones if w.init == "ones" else jnp.zeros)(shape, dtype))
 
 
-KEPT = "kept"
+HEADS, WIDE = "heads", "wide"  # what a layer can keep: queries, keys and values; the MLP's two wide products
 
 
-def keep_products(primitive, *_, **params) -> bool:
-    """What the backward pass need not compute again: the MLP's two wide products, nearly half of a layer's work, and
-    what attention's fused kernel returns."""
-    named = primitive.name == "name" and params["name"] == KEPT
-    return named or "dot_product_attention_fwd" in primitive.name
+def keeping(*names):
+    """What the backward pass need not compute again: the arrays of these names, and what attention's fused kernel
+    returns."""
+
+    def policy(primitive, *_, **params) -> bool:
+        named = primitive.name == "name" and params["name"] in names
+        return named or "dot_product_attention_fwd" in primitive.name
+
+    return policy
 
 
-def kept_bytes(c: Qwen2Config, itemsize: int) -> int:
-    """Bytes of each token and layer that `keep_products` holds."""
-    return (2 * c.intermediate_size + c.num_attention_heads * c.head_dim) * itemsize
+def kept_bytes(c: Qwen2Config, itemsize: int, *names) -> int:
+    """Bytes of each token and layer that `keeping(*names)` holds."""
+    result = c.num_attention_heads * c.head_dim
+    each = {HEADS: result + 2 * c.num_key_value_heads * c.head_dim, WIDE: 2 * c.intermediate_size}
+    return (result + sum(each[name] for name in names)) * itemsize
 
 
 class Layers(nnx.Module):
-    """All layers' weights, each with a leading layer axis."""
+    """All layers' weights, each with a leading layer axis, or as `unstack` leaves them."""
 
     def __init__(self, config: Qwen2Config, rngs: nnx.Rngs, dtype):
         for name, w in layer_weights(config).items():
             setattr(self, name, _make(w, rngs, dtype, (config.num_hidden_layers,)))
 
     def stack(self) -> dict[str, jax.Array]:
-        return {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        return {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+
+
+def unstack(params: nnx.State, dtype) -> nnx.State:
+    """`params` with a tuple of the layers' arrays in place of each stack, matrices in `dtype`. A model of them does
+    without the loop over the layers."""
+
+    def each(stack):
+        return tuple(x.astype(dtype) if x.ndim == 2 else x for x in stack)
+
+    params = jax.tree.map(lambda x: x, params)  # a copy, to be changed
+    params["layers"] = jax.tree.map(each, params["layers"])
+    return params
+
+
+def restack(params: nnx.State) -> nnx.State:
+    """The inverse of `unstack`, but for the dtypes."""
+
+    def is_tuple(x):
+        return isinstance(x, tuple)
+
+    return jax.tree.map(lambda x: jnp.stack(x) if is_tuple(x) else x, params, is_leaf=is_tuple)
 
 
 def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
@@ -111,12 +138,13 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
 
     with jax.named_scope("attention"):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
-        q, k = rotate(heads(h, "q"), rope), rotate(heads(h, "k"), rope)
-        out = attend(q, k, heads(h, "v"), segments, mesh, lengths)
+        q, k, v = rotate(heads(h, "q"), rope), rotate(heads(h, "k"), rope), heads(h, "v")
+        q, k, v = (checkpoint_name(x, HEADS) for x in (q, k, v))
+        out = attend(q, k, v, segments, mesh, lengths)
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
-        gate, up = (checkpoint_name(h @ w[name], KEPT) for name in ("gate", "up"))
+        gate, up = (checkpoint_name(h @ w[name], WIDE) for name in ("gate", "up"))
         return x + swiglu(gate, up) @ w["down"]
 
 
@@ -130,12 +158,12 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: bool = False):
+    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: int = 0):
         """Hidden states after the final norm.
 
-        tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh, lengths: see
-        `attend`. keep: for the backward pass, `kept_bytes` of each token and layer besides the residual stream; else
-        all of a layer is computed again there. → [batch, time, hidden], `dtype`.
+        tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh, lengths: see `attend`. keep: of
+        how many layers the backward pass need not compute again the wide products; without `unstack` all or none.
+        → [batch, time, hidden], `dtype`.
         """
         c = self.config
         x = self.embedding[...][tokens].astype(self.dtype)
@@ -144,8 +172,17 @@ class Qwen2(nnx.Module):
         def body(x, w):
             return layer(c, x, w, rope, segments, mesh, lengths), None
 
-        policy = keep_products if keep else None
-        x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, self.layers.stack())
+        weights = self.layers.stack()
+        if isinstance(weights["q"], tuple):
+            # Without a loop XLA would find what is computed twice and keep it, if prevent_cse were not left on.
+            for i in range(c.num_hidden_layers):
+                # The last layers keep more: their memory is the first to be free again.
+                names = (HEADS, WIDE) if i >= c.num_hidden_layers - keep else (HEADS,)
+                w = {name: layers[i] for name, layers in weights.items()}
+                x, _ = jax.checkpoint(body, policy=keeping(*names))(x, w)
+        else:
+            policy = keeping(WIDE) if keep else None
+            x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, weights)
         return rms_norm(x, self.final_norm[...], c.rms_norm_eps)
 
     def unembedding(self):

@@ -426,7 +426,7 @@ def train(
     if row_tokens < longest:
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
     identity = {  # what may change when a run goes on is left out
-        "grpo": config.identity({"steps", "checkpoint_every", "row_tokens", "micro_rows"}),
+        "grpo": config.identity({"steps", "checkpoint_every", "row_tokens", "micro_rows", "unroll"}),
         "sampling": settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"}),
         "questions": questions.digest(),
         "evaluation": evaluation.identity() if evaluation else None,
@@ -437,7 +437,15 @@ def train(
         identity["solved"] = solved.digest()
 
     objective = Objective(config.clip_low, config.clip_high, config.ratio, config.kl, config.entropy)
-    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, objective, settings.temperature)
+    trainer = get_trainer(
+        model.config,
+        jnp.dtype(model.dtype),
+        mesh,
+        config.optimizer,
+        objective,
+        settings.temperature,
+        unroll=config.unroll,
+    )
     reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:

@@ -23,14 +23,36 @@ class Objective:
     entropy: float = 0.0
 
 
-def _scores(hidden, table, temperature: float):
-    """hidden [..., D] times table [V, D], both in hidden's dtype, accumulated in float32 → [..., V] float32."""
-    z = jnp.einsum("...d,vd->...v", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return z / temperature
+def _read(hidden, cast, target, temperature: float):
+    """What one chunk of logits z says: (z [..., V], its normaliser, log-probability of `target`, entropy), float32.
+
+    hidden [..., D], cast [V, D], both in one dtype, multiplied with sums in float32; target [...].
+    """
+    z = jnp.einsum("...d,vd->...v", hidden, cast, preferred_element_type=jnp.float32) / temperature
+    most = z.max(axis=-1, keepdims=True)
+    p = jnp.exp(z - most)
+    total = p.sum(axis=-1)
+    norm = most[..., 0] + jnp.log(total)
+    # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
+    chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
+    entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
+    return z, norm, chosen - norm, entropy
 
 
 def _is_target(z, target):
     return jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == target[..., None]
+
+
+def _pull(z, norm, entropy, target, of_logp, of_entropy, hidden, cast, temperature: float):
+    """Cotangents of hidden and, in float32, of the table, from those of log-probability and entropy; of_entropy: None
+    where no gradient flows through the entropy. The logits become their own cotangent in one pass."""
+    to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (of_logp / temperature)[..., None]
+    if of_entropy is not None:  # d entropy / d z = -p (log p + entropy)
+        logp = z - norm[..., None]
+        to_z -= jnp.exp(logp) * (logp + entropy[..., None]) * (of_entropy / temperature)[..., None]
+    to_z = to_z.astype(hidden.dtype)
+    to_hidden = jnp.einsum("...v,vd->...d", to_z, cast)
+    return to_hidden, jnp.einsum("...v,...d->vd", to_z, hidden, preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -48,20 +70,7 @@ def _logprobs(hidden, table, target, temperature: float, of_entropy: bool):
 
 def _logprobs_forward(hidden, table, target, temperature, of_entropy):
     cast = table.astype(hidden.dtype)
-
-    def chunk(x):
-        h, target = x  # [rows, size, D], [rows, size]
-        z = _scores(h, cast, temperature)
-        most = z.max(axis=-1, keepdims=True)
-        p = jnp.exp(z - most)
-        total = p.sum(axis=-1)
-        norm = most[..., 0] + jnp.log(total)
-        # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
-        chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
-        entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
-        return chosen - norm, entropy, norm
-
-    logp, entropy, norm = jax.lax.map(chunk, (hidden, target))
+    norm, logp, entropy = jax.lax.map(lambda x: _read(x[0], cast, x[1], temperature)[1:], (hidden, target))
     return (logp, entropy), (hidden, table, target, norm, entropy)
 
 
@@ -71,15 +80,10 @@ def _logprobs_backward(temperature, of_entropy, kept, cotangents):
 
     def chunk(to_table, x):
         h, target, norm, entropy, of_logp, of_its_entropy = x
-        z = _scores(h, cast, temperature)
-        to_z = (_is_target(z, target) - jnp.exp(z - norm[..., None])) * (of_logp / temperature)[..., None]
-        if of_entropy:  # d entropy / d z = -p (log p + entropy)
-            logp = z - norm[..., None]
-            to_z -= jnp.exp(logp) * (logp + entropy[..., None]) * (of_its_entropy / temperature)[..., None]
-        to_z = to_z.astype(h.dtype)
-        to_hidden = jnp.einsum("...v,vd->...d", to_z, cast)
-        # Summed over the chunks: in float32.
-        return to_table + jnp.einsum("...v,...d->vd", to_z, h, preferred_element_type=jnp.float32), to_hidden
+        z = jnp.einsum("...d,vd->...v", h, cast, preferred_element_type=jnp.float32) / temperature
+        of_its_entropy = of_its_entropy if of_entropy else None
+        to_hidden, more = _pull(z, norm, entropy, target, of_logp, of_its_entropy, h, cast, temperature)
+        return to_table + more, to_hidden
 
     zeros = jnp.zeros(table.shape, jnp.float32)
     to_table, to_hidden = jax.lax.scan(chunk, zeros, (hidden, target, norm, entropy, *cotangents))
@@ -87,6 +91,18 @@ def _logprobs_backward(temperature, of_entropy, kept, cotangents):
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+def _split(x, chunks: int):
+    """[rows, positions, …] → [chunks, rows, size, …], padded with zeros."""
+    rows, positions = x.shape[:2]
+    size = -(-positions // chunks)
+    x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+
+
+def _chunks(rows: int, positions: int, vocab: int, logits: int) -> int:
+    return min(positions, max(1, -(-rows * positions * vocab // logits)))
 
 
 def token_logprobs(
@@ -106,19 +122,72 @@ def token_logprobs(
     index 0. A gradient flows through the entropy if `of_entropy`. Logits are made in chunks of at most `logits`
     elements a device and made again in the backward pass, so [rows, T, V] never exists.
     """
-    rows, time = tokens.shape
-    positions = time - 1  # the last hidden state predicts nothing here
-    chunks = min(positions, max(1, -(-rows * positions * table.shape[0] // (shards * logits))))
-    size = -(-positions // chunks)
-
-    def split(x):  # [rows, positions, …] → [chunks, rows, size, …]
-        x = jnp.pad(x, [(0, 0), (0, chunks * size - positions)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
-
+    rows, positions = tokens.shape[0], tokens.shape[1] - 1  # the last hidden state predicts nothing here
+    chunks = _chunks(rows, positions, table.shape[0], shards * logits)
     with jax.named_scope("logprobs"):
-        out = _logprobs(split(hidden[:, :-1]), table, split(tokens[:, 1:]), temperature, of_entropy)
-        out = (jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :positions] for x in out)
+        hidden, target = _split(hidden[:, :-1], chunks), _split(tokens[:, 1:], chunks)
+        out = _logprobs(hidden, table, target, temperature, of_entropy)
+        out = (jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :positions] for x in out)
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in out)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_loss(hidden, table, batch, objective: Objective | None, temperature: float):
+    """`loss` of hidden [chunks, rows, size, D], table [V, D] and arrays [chunks, rows, size], one chunk at a time.
+
+    Each token's share of it depends on that token alone, so its gradient is found in the forward pass, while the logits
+    are there, and they need not be made again.
+    """
+    return loss(*_logprobs(hidden, table, batch["tokens"], temperature, False), batch, objective)
+
+
+def _token_loss_forward(hidden, table, batch, objective, temperature):
+    cast = table.astype(hidden.dtype)
+
+    def chunk(to_table, x):
+        h, batch = x
+        z, norm, logp, entropy = _read(h, cast, batch["tokens"], temperature)
+        slopes = jax.grad(lambda *of: loss(*of, batch, objective)[0], argnums=(0, 1))(logp, entropy)
+        of_entropy = slopes[1] if objective and objective.entropy else None
+        to_hidden, more = _pull(z, norm, entropy, batch["tokens"], slopes[0], of_entropy, h, cast, temperature)
+        return to_table + more, (logp, entropy, to_hidden)
+
+    to_table, (logp, entropy, to_hidden) = jax.lax.scan(chunk, jnp.zeros(table.shape, jnp.float32), (hidden, batch))
+    return loss(logp, entropy, batch, objective), (to_hidden, to_table.astype(table.dtype))
+
+
+def _token_loss_backward(objective, temperature, kept, cotangents):
+    by = cotangents[0]  # the sums have no gradient
+    return *((by * x).astype(x.dtype) for x in kept), None
+
+
+_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+
+
+def loss_of_hidden(
+    hidden,
+    table,
+    batch,
+    objective: Objective | None,
+    *,
+    temperature: float = 1.0,
+    shards: int = 1,
+    logits: int = LOGITS_AT_ONCE,
+):
+    """`loss` from hidden states [rows, T, D] and the table [V, D]; shards, logits: as in `token_logprobs`.
+
+    Differentiable in both. The logits are made once, but for the ratio of whole sequences, whose gradient is known only
+    when all of them have been seen.
+    """
+    options = {"temperature": temperature, "shards": shards, "logits": logits}
+    if objective and objective.ratio == "sequence":
+        of_entropy = bool(objective.entropy)
+        return loss(*token_logprobs(hidden, table, batch["tokens"], of_entropy=of_entropy, **options), batch, objective)
+    rows, time = batch["tokens"].shape
+    chunks = _chunks(rows, time - 1, table.shape[0], shards * logits)
+    with jax.named_scope("logprobs"):
+        batch = {name: _split(x[:, 1:], chunks) for name, x in batch.items() if x.shape == (rows, time)}
+        return _token_loss(_split(hidden[:, :-1], chunks), table, batch, objective, temperature)
 
 
 def segment_mean(x, mask, segments):

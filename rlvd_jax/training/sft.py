@@ -69,12 +69,12 @@ def train(
     if not examples:
         raise UserError("sft: there is no example to learn from; is there a correct response that fits max_length?")
     identity = {  # what may change when a run goes on is left out
-        "sft": config.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows"}),
+        "sft": config.model_dump(mode="json", exclude={"checkpoint_every", "micro_rows", "unroll"}),
         "examples": digest(examples),
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
-    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer)
+    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, unroll=config.unroll)
     batches = iter(
         supervised(
             examples,

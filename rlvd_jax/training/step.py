@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
-from rlvd_jax.qwen2.model import kept_bytes
-from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss, token_logprobs
+from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, restack, unstack
+from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -57,11 +58,36 @@ def segment_lengths(segments: np.ndarray) -> np.ndarray:
     return np.stack([(segments == i).sum(axis=-1, dtype=np.int32) for i in range(1, most + 1)], axis=-1)
 
 
+def layers_kept(
+    c: Qwen2Config, itemsize: int, mesh: Mapping[str, int], tokens: float, several: bool, unrolled: bool, limit: float
+) -> int:
+    """Of how many layers an update of at most `limit` bytes a device can keep the wide products (`model.keeping`).
+
+    itemsize: of the dtype of the arithmetic. mesh: sizes of its axes. tokens: of a micro-batch on each device. several:
+    whether gradients of micro-batches are added up. unrolled: the layers are; else all are kept or none.
+    """
+    split, layers = mesh["fsdp"] * mesh["tensor"], c.num_hidden_layers
+    stream = c.hidden_size * itemsize
+    if not unrolled:
+        # Weights, moments, gradient and its sum in float32; the weights and their gradient in the dtype.
+        state = c.parameters * (20 + 2 * itemsize) / split
+        each = kept_bytes(c, itemsize, WIDE) / mesh["tensor"] + stream
+        return layers if state + tokens * layers * each + 4 * 4 * LOGITS_AT_ONCE < limit else 0
+    # At its largest, when the last chunk of logits is there: weights and moments in float32, weights in the dtype, the
+    # sums of the gradients, and the gradient of the unembedding; logits in float32 and their cotangent in the dtype.
+    state = c.parameters * (12 + itemsize + 4 * several) + 4 * c.vocab_size * c.hidden_size
+    logits = (4 + itemsize) * LOGITS_AT_ONCE
+    least = kept_bytes(c, itemsize, HEADS) / mesh["tensor"] + stream
+    wide = 2 * c.intermediate_size * itemsize / mesh["tensor"]
+    return int(np.clip((limit - state / split - logits - tokens * layers * least) // (tokens * wide), 0, layers))
+
+
 class Trainer:
     """The compiled functions of one training recipe; `get_trainer` finds the one made before, or makes one.
 
     config, dtype: the architecture, and the dtype of the arithmetic. objective: GRPO's, or None for supervised
-    training. Weights lie on the mesh as qwen2/mesh.py says; a batch's rows are split over the axes data and fsdp.
+    training. unroll: compile each layer by itself, except on TPUs. memory: bytes of a GPU that an update may use; None:
+    what it has. Weights lie on the mesh as qwen2/mesh.py says; a batch's rows are split over the axes data and fsdp.
     """
 
     def __init__(
@@ -72,11 +98,15 @@ class Trainer:
         optimizer: OptimizerConfig,
         objective: Objective | None = None,
         temperature: float = 1.0,
+        unroll: bool = False,
+        memory: float | None = None,
     ):
         abstract = nnx.eval_shape(lambda: Qwen2(config, nnx.Rngs(0), dtype, jnp.float32))
         self.graphdef, params = nnx.split(abstract, nnx.Param)
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.mesh, self.objective, self.temperature = mesh, objective, temperature
+        self.unroll = unroll and mesh.devices.flat[0].platform != "tpu"
+        self.memory = memory
         self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
         self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.whole = NamedSharding(mesh, PartitionSpec())
@@ -128,42 +158,38 @@ class Trainer:
         since their gradients are sums of many parts."""
         return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim == 3 else x, params)
 
-    def _keep(self, micro) -> bool:
-        """Whether a device has room to keep matrix products for the backward pass (`model.keep_products`). On TPUs none
-        are kept, so that the program is the one that `--plan --target` compiles."""
+    def _keep(self, batch_shape) -> int:
+        """Of how many layers a device has room to keep the wide products for the backward pass (`model.keeping`). On
+        TPUs none are kept, so that the program is the one that `--plan --target` compiles."""
         platform = self.mesh.devices.flat[0].platform
-        if platform != "gpu":
-            return platform == "cpu"
-        # All processes trace together, and must come to the same program.
-        limit = hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
         c, itemsize = self.config, self.dtype.itemsize
-        split = self.mesh.shape["fsdp"] * self.mesh.shape["tensor"]
-        # Weights, moments, gradient and its sum in float32; the weights and their gradient in the dtype.
-        state = c.parameters * (20 + 2 * itemsize) / split
-        tokens = micro["tokens"].size / self.batch_shards
-        each = kept_bytes(c, itemsize) / self.mesh.shape["tensor"] + c.hidden_size * itemsize
-        return state + tokens * c.num_hidden_layers * each + 4 * 4 * LOGITS_AT_ONCE < 0.9 * limit
+        if platform != "gpu":
+            return c.num_hidden_layers if platform == "cpu" else 0
+        limit = self.memory
+        if limit is None:  # All processes trace together, and must come to the same program.
+            limit = 0.9 * hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
+        tokens = math.prod(batch_shape[1:]) / self.batch_shards
+        return layers_kept(c, itemsize, self.mesh.shape, tokens, batch_shape[0] > 1, self.unroll, limit)
 
-    def _forward(self, params, micro, keep=False):
+    def _hidden(self, params, micro, keep: int = 0):
+        """(hidden states, the table that they are multiplied with)."""
         model = nnx.merge(self.graphdef, params)
-        hidden = model(micro["tokens"], micro["positions"], micro["segments"], self.mesh, micro.get("lengths"), keep)
-        return token_logprobs(
-            hidden,
-            model.unembedding(),
-            micro["tokens"],
-            temperature=self.temperature,
-            shards=self.batch_shards,
-            of_entropy=bool(self.objective and self.objective.entropy),
-        )
+        rows = micro["tokens"], micro["positions"], micro["segments"]
+        return model(*rows, self.mesh, micro.get("lengths"), keep), model.unembedding()
 
-    def _loss(self, params, micro):
-        logp, entropy = self._forward(params, micro, self._keep(micro))
-        return loss(logp, entropy, micro, self.objective)
+    def _loss(self, params, micro, keep: int):
+        hidden, table = self._hidden(params, micro, keep)
+        options = {"temperature": self.temperature, "shards": self.batch_shards}
+        return loss_of_hidden(hidden, table, micro, self.objective, **options)
 
     def _update(self, state: TrainState, batch):
         used, batch = batch["used"], {name: x for name, x in batch.items() if name != "used"}
-        gradient = jax.grad(self._loss, has_aux=True)
-        cast = self._in_dtype(state.params)
+        keep = self._keep(batch["tokens"].shape)
+        cast = unstack(state.params, self.dtype) if self.unroll else self._in_dtype(state.params)
+
+        def gradient(params, micro):
+            grads, sums = jax.grad(self._loss, has_aux=True)(params, micro, keep)
+            return restack(grads), sums
 
         def accumulate(i, total):
             new = gradient(cast, jax.tree.map(lambda x: x[i], batch))
@@ -191,7 +217,9 @@ class Trainer:
 
     def _logprobs(self, params, batch):
         def fill(i, out):
-            logp, _ = self._forward(params, jax.tree.map(lambda x: x[i], batch))
+            micro = jax.tree.map(lambda x: x[i], batch)
+            options = {"temperature": self.temperature, "shards": self.batch_shards}
+            logp, _ = token_logprobs(*self._hidden(params, micro), micro["tokens"], **options)
             return jax.lax.dynamic_update_index_in_dim(out, logp, i, 0)
 
         wanted = {"tokens", "positions", "segments", "lengths"}
