@@ -455,6 +455,29 @@ def test_responses_only_where_there_are_any(tmp_path):
 # Terminal
 
 
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        ([], "train"),
+        (["test", "train"], "test"),  # of equals the one that is compared first
+        (["train", "test"], "train"),
+        (["test", "train", "train"], "train"),
+        (["gone", "gone", "test"], "test"),
+    ],
+)
+def test_the_summary_speaks_of_what_most_claims_are_about(claims, said):
+    results = {"problems": {"test": {}, "train": {}}, "claims": [{"problems": name} for name in claims]}
+    assert prose.headline(results) == said
+
+
+def test_every_comparison_has_a_tile_those_with_a_claim_first(results):
+    comparisons = next(iter(results["problems"].values()))["comparisons"]
+    pairs = [(c["base"], c["other"]) for c in comparisons.values()]
+    claimed = {name: c | {"claim": "rl" if i else None} for i, (name, c) in enumerate(comparisons.items())}
+    tiles = [(t["base"], t["other"]) for t in page._tiles({"comparisons": claimed})]
+    assert len(pairs) > 1 and tiles == [*pairs[1:], pairs[0]]
+
+
 def test_summary_table(results):
     lines = report.summary_table(results).splitlines()
     e = results["problems"]["math-train"]["models"]["base"]["accuracy"]

@@ -207,7 +207,7 @@ def _recipe(model: str, results) -> dict:
 
 
 def _tiles(problems) -> list[dict]:
-    """The comparisons that carry a claim, else all of them, as differences at a glance."""
+    """The comparisons as differences at a glance, those that carry a claim first."""
     comparisons = list(problems["comparisons"].values()) if problems else []
     return [
         {
@@ -216,7 +216,7 @@ def _tiles(problems) -> list[dict]:
             "rows": [(label, c["difference"][key]) for key, label in _metrics(c)],
             "sentence": prose.comparison(c),
         }
-        for c in [c for c in comparisons if c.get("claim")] or comparisons
+        for c in sorted(comparisons, key=lambda c: not c.get("claim"))
     ]
 
 

@@ -37,9 +37,10 @@ def points(estimate) -> str:
 
 
 def headline(results: dict) -> str | None:
-    """The set of problems that the summary speaks of: the one that most claims are about, the last of equals."""
-    about = [c.get("problems") for c in results.get("claims") or ()]
-    return max(reversed(results["problems"]), key=about.count, default=None)
+    """The set of problems that the summary speaks of: the one that most claims are about, of equals the one that is
+    compared first; without claims the last."""
+    about = [c["problems"] for c in results.get("claims") or () if c.get("problems") in results["problems"]]
+    return max(about or reversed(results["problems"]), key=about.count, default=None)
 
 
 def summary(results: dict) -> list[str]:
