@@ -94,8 +94,8 @@ def test_number_of_shapes_is_bounded():
     for _ in range(300):
         lengths = rng.integers(1, 1000, rng.integers(1, 60))
         shapes.add(pack([example(1, n) for n in lengths], np.ones(60), row_tokens=2048, micro_rows=2)["tokens"].shape)
-    # one micro-batch of 128, 192, … 1536, 2048, of one row or two; then 4 and 16 (at most 30 rows of 2048) of 2048
-    assert len(shapes) <= 20 and {s[0] for s in shapes} == {1, 4, 16}
+    # one micro-batch of 128, 192, … 1536, 2048, of one row or two; then 16 (at most 30 rows of 2048) of 2048
+    assert len(shapes) <= 19 and {s[0] for s in shapes} == {1, 16}
     assert {s[1:] for s in shapes if s[0] > 1} == {(2, 2048)}
 
 
@@ -132,10 +132,21 @@ def test_layout_of_a_packed_row():
     assert not any(batch[k][0, 1].any() for k in row), "the second row is padding"
 
 
-def test_micro_batches_are_padded_to_a_power_of_4():
-    batch = pack([example(2, 6)] * 5, np.full(5, 0.2), row_tokens=8, micro_rows=2)
-    assert batch["tokens"].shape == (4, 2, 8) and batch["used"] == 3
-    assert (batch["segments"] > 0).sum() == 40 and not batch["segments"][3].any()
+@pytest.mark.parametrize(("examples", "micro"), [(1, 1), (2, 1), (3, 16), (32, 16), (33, 64), (129, 256)])
+def test_micro_batches_are_padded_to_few_numbers(examples, micro):
+    batch = pack([example(2, 6)] * examples, np.ones(examples), row_tokens=8, micro_rows=2)
+    used = -(-examples // 2)
+    assert batch["tokens"].shape == (micro, 2 if examples > 1 else 1, 8) and batch["used"] == used
+    assert (batch["segments"] > 0).sum() == 8 * examples and not batch["segments"][used:].any()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_small_batch_in_the_shape_of_larger_ones(shards):
+    small, large = ([example(2, 100)] * n for n in (1, 30))
+    options = {"row_tokens": 512, "micro_rows": 2, "shards": shards}
+    batch = pack(small, np.ones(1), **options, several=True)
+    assert batch["tokens"].shape == pack(large, np.ones(30), **options)["tokens"].shape == (16, 2 * shards, 512)
+    assert batch["used"] == 1 and batch["segments"].sum() == 102
 
 
 def test_too_long_an_example_is_refused():
@@ -162,6 +173,15 @@ def test_every_epoch_has_every_example_once_and_an_order_of_its_own():
     epochs = [batches[i : i + 3] for i in (0, 3, 6)]
     assert all(sorted(itertools.chain(*e)) == list(range(10)) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_last_batch_of_an_epoch_has_the_shape_of_the_others():
+    examples = [example(2, n) for n in np.random.default_rng(0).integers(20, 60, 37)]
+    made = list(supervised(examples, batch=8, epochs=3, seed=0, row_tokens=64, micro_rows=2))
+    assert {b["tokens"].shape for b in made} == {(16, 2, 64)}
+    assert [int((b["weight"] > 0).sum()) for b in made[4::5]] != [int((b["weight"] > 0).sum()) for b in made[3::5]]
+    rows = supervised(examples, batch=8, epochs=1, seed=0, row_tokens=1024, micro_rows=2)
+    assert all(b["tokens"].shape[0] == 1 for b in rows), "where one micro-batch is usual it stays one"
 
 
 def test_every_token_of_a_batch_weighs_the_same_whatever_the_batch():

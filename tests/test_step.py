@@ -294,3 +294,4 @@ def test_lengths_of_segments():
     np.testing.assert_array_equal(segment_lengths(segments), expected)
     assert segment_lengths(segments[:1]).shape == (1, 2, 4)
     assert segment_lengths(segments[:1, 1:]).tolist() == [[[7]]]
+    assert segment_lengths(segments[:1, 1:], 4).tolist() == [[[7, 0, 0, 0]]]

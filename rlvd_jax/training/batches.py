@@ -13,9 +13,10 @@ One layout serves GRPO and SFT. A batch is a dict of arrays [micro, rows, T], T 
     used       int32 [] how many of the micro-batches hold anything
 
 The loss is the sum over tokens of weight × term, and weights come from the whole batch, so neither micro-batches nor
-devices change the normalisation. Compiled shapes are few: the micro axis is a power of 4 (the step's loop ends at
-`used`, so empty micro-batches cost nothing) and T is the row length asked for, or, where a batch fits one micro-batch
-of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number on each device is 2^k.
+devices change the normalisation. Compiled shapes are few: the micro axis is 1, 16, 64, 256, … (the step's loop ends
+at `used`, so empty micro-batches cost nothing) and T is the row length asked for, or, where a batch fits one
+micro-batch of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number on each device
+is 2^k.
 """
 
 from __future__ import annotations
@@ -92,14 +93,14 @@ def _row_sizes(least: int, most: int):
 
 
 def arrange(lengths: Sequence[int], row_tokens: int, rows: int) -> tuple[int, list[list[int]]]:
-    """(T, the examples of each row): the shortest rows of which one micro-batch of `rows` holds everything, or else
-    as many rows of `row_tokens` as it takes."""
+    """(T, the examples of each row): the shortest rows of which one micro-batch of `rows` holds everything, or else,
+    and where `rows` is 0, as many rows of `row_tokens` as it takes."""
     if max(lengths, default=0) > row_tokens:
         raise UserError(
             f"a prompt with its response has {max(lengths)} tokens, more than a training row holds ({row_tokens}): "
             "raise the row's tokens or shorten the responses"
         )
-    least = max(max(lengths, default=1), -(-sum(lengths) // rows))
+    least = max(max(lengths, default=1), -(-sum(lengths) // rows)) if rows else row_tokens
     for size in _row_sizes(min(least, row_tokens), row_tokens):
         packed = first_fit_decreasing(lengths, size)
         if len(packed) <= rows:
@@ -108,23 +109,24 @@ def arrange(lengths: Sequence[int], row_tokens: int, rows: int) -> tuple[int, li
 
 
 def pack(
-    examples: Sequence[Example], weights, *, row_tokens: int, micro_rows: int, shards: int = 1
+    examples: Sequence[Example], weights, *, row_tokens: int, micro_rows: int, shards: int = 1, several: bool = False
 ) -> dict[str, np.ndarray]:
     """A batch (see the module) of `examples`; weights: [N], of each token of each response.
 
-    micro_rows: the most rows of a micro-batch on each of the `shards` devices that rows are split over. Examples are
-    alike in which of `logp`, `advantage` and `drawn` they have. Raises UserError if an example is longer than
-    `row_tokens`.
+    micro_rows: the most rows of a micro-batch on each of the `shards` devices that rows are split over. several: have
+    the shape of a batch of several micro-batches also where one is enough. Examples are alike in which of `logp`,
+    `advantage` and `drawn` they have. Raises UserError if an example is longer than `row_tokens`.
     """
-    size, packed = arrange([len(e) for e in examples], row_tokens, micro_rows * shards)
+    lengths, rows = [len(e) for e in examples], micro_rows * shards
+    size, packed = arrange(lengths, row_tokens, 0 if several else rows)
     fewer = shards
     while fewer < len(packed):
         fewer *= 2
-    rows = min(micro_rows * shards, fewer)
+    rows = rows if several else min(rows, fewer)
     used = -(-len(packed) // rows)
     micro = 1
-    while micro < used:
-        micro *= 4
+    while micro < max(used, 1 + several):
+        micro = max(16, 4 * micro)
     shape = micro * rows, size
     keys = [k for k in ("advantage", "logp", "drawn") if examples and getattr(examples[0], k) is not None]
     batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "positions", "segments")}
@@ -160,13 +162,16 @@ def supervised(
     """The packed batches of `epochs` passes over the examples, `batch` examples each, every token of a batch alike.
 
     Each epoch has its own order, a function of `seed` alone. The last batch of an epoch is smaller where the examples
-    don't divide evenly; it is kept, as TRL keeps it. The iterator's `get_state()` is its position, JSON-able;
+    don't divide evenly; it is kept, as TRL keeps it, in the shape that the others have on average. The iterator's `get_state()` is its position, JSON-able;
     `set_state` goes on from there with the very same batches. The next ones are packed in the background.
     """
 
+    usual = batch * sum(map(len, examples)) / max(1, len(examples))  # tokens of a whole batch
+
     def packed(chosen):
         weights = token_weights([len(e.response) for e in chosen], "batch")
-        return pack(chosen, weights, row_tokens=row_tokens, micro_rows=micro_rows, shards=shards)
+        several = len(chosen) < batch and usual > micro_rows * shards * row_tokens
+        return pack(chosen, weights, row_tokens=row_tokens, micro_rows=micro_rows, shards=shards, several=several)
 
     data = grain.MapDataset.source(examples).seed(seed % 2**32).shuffle()
     data = data.batch(batch, drop_remainder=False, batch_fn=list).repeat(epochs).map(packed)

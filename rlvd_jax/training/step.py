@@ -49,10 +49,10 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
         )
 
 
-def segment_lengths(segments: np.ndarray) -> np.ndarray:
-    """Tokens of each segment of each row, 0 where there is none: [..., T] → [..., most], a power of 4 that is enough
-    for the row of the most segments, so that few shapes are compiled."""
-    most = 1
+def segment_lengths(segments: np.ndarray, least: int = 1) -> np.ndarray:
+    """Tokens of each segment of each row, 0 where there is none: [..., T] → [..., most], a power of 4 that is at least
+    `least`, another one, and enough for the row of the most segments, so that few shapes are compiled."""
+    most = least
     while most < segments.max():
         most *= 4
     return np.stack([(segments == i).sum(axis=-1, dtype=np.int32) for i in range(1, most + 1)], axis=-1)
@@ -117,6 +117,7 @@ class Trainer:
             jax.eval_shape(self._init, params),
             self.shardings,
         )
+        self._sequences: dict[tuple, int] = {}  # shape of a batch → the most segments of a row so far
         self._jit_init = jax.jit(self._init, donate_argnums=0, out_shardings=self.shardings)
         self.update = jax.jit(self._update, donate_argnums=0, out_shardings=(self.shardings, self.whole))
         self.logprobs = jax.jit(self._logprobs, out_shardings=self.split)
@@ -134,7 +135,11 @@ class Trainer:
             return jax.make_array_from_callback(x.shape, self.split if x.ndim else self.whole, lambda index: x[index])
 
         if self.mesh.devices.flat[0].platform == "gpu":
-            batch = batch | {"lengths": segment_lengths(batch["segments"])}
+            # A batch of fewer sequences, as the last one of an epoch, runs the program of the ones before.
+            shape = batch["segments"].shape
+            lengths = segment_lengths(batch["segments"], self._sequences.get(shape, 1))
+            self._sequences[shape] = min(16, lengths.shape[-1])  # more of them are slow
+            batch = batch | {"lengths": lengths}
         with jax.transfer_guard("allow"):
             return {name: put(x) for name, x in batch.items()}
 
