@@ -690,14 +690,16 @@ def test_groups_survive_killed_workers():
 
 def test_bench_tool(tmp_path):
     file = tmp_path / "responses.jsonl"
-    pairs = [(a, f"so {boxed(a)}") for a in TRICKY[:40]] * 3
+    pairs = [(a, f"so {boxed(a)}") for a in TRICKY[:40]] * 4
     file.write_text("".join(json.dumps({"gold": g, "response": r}) + "\n" for g, r in pairs))
     tool = [sys.executable, ROOT / "tools" / "bench_grading.py", "--json", "--workers", "1", "--file"]
     done = subprocess.run([*tool, file], capture_output=True, text=True)
-    result = json.loads(done.stdout)
-    assert result["different"] == []
-    assert (result["responses"], result["gold_answers"], result["distinct_pairs"]) == (120, 40, 40)
-    assert result["ratio"] == pytest.approx(result["loop_seconds"] / result["grader_seconds"])
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == 2, "workers that start, and workers that run"
+    for result in results:
+        assert result["different"] == []
+        assert (result["responses"], result["gold_answers"], result["distinct_pairs"]) == (80, 40, 40)
+        assert result["ratio"] == pytest.approx(result["loop_seconds"] / result["grader_seconds"])
 
     file.write_text('{"gold": "1"}\n')
     done = subprocess.run([*tool, file], capture_output=True, text=True)

@@ -3,6 +3,9 @@ r"""How much faster is the grader than a plain loop over math-verify, with the s
     python tools/bench_grading.py --problems math500.jsonl          # 256 made-up responses to each of 2 x 16 problems
     python tools/bench_grading.py --file responses.jsonl --json     # real ones: a `gold` and a `response` a line
 
+In two rounds (halves of a file): in the first the workers are just starting, in the second they run, as in a study
+after its first minutes.
+
 The loop is `verify(parse(gold), parse(answer))` for each response in turn, with math-verify's own time limits. Made-up
 responses are the problem's published solution after a sentence of another one, with the right answer in its box or one
 of about 35 wrong ones (slips of a digit in it and in answers that look like it, a few of other problems; their
@@ -133,7 +136,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a round")
     args = parser.parse_args()
     if args.file:
-        rounds = [[(r["gold"], r["response"]) for r in read(args.file, ("gold", "response"))]]
+        pairs = [(r["gold"], r["response"]) for r in read(args.file, ("gold", "response"))]
+        rounds = [pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]]
     else:
         problems = read(args.problems, ("answer", "solution"))
         rounds = [
