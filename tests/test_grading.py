@@ -317,12 +317,13 @@ def full(self, latex):
     assert parser._interp.predictionMode == PredictionMode.LL
     return parser
 
+near = judge.leaves(judge.parse_answer(r"9^{9^9} - 9^{9^9}")[:1]), judge.leaves(judge.parse_answer("0")[:1])
 two, one = list(trees(judge._create_parser_in_two_stages)), list(trees(full))
 from sympy.parsing.sympy_parser import parse_expr
 numbers = ["0", "31", "3.50", "0.042", "12345678901234567890", "3.14159265358979323846264338"]
 print(json.dumps({
     "different_verdicts": different, "equal": sum(verdicts), "told": sum(told),
-    "leaves": sum(x is not None for x in leaves), "pairs": len(pairs), "wrong": wrong,
+    "leaves": sum(x is not None for x in leaves), "pairs": len(pairs), "wrong": wrong, "near": judge.differ(*near),
     "trees": sum(t is not None for t in one),
     "different_trees": [a for a, s, t in zip(answers, two, one) if s != t],
     "different_numbers": [n for n in numbers if srepr(parse_expr(n)) != srepr(judge._parse_expr(n))],
@@ -344,6 +345,7 @@ def test_shortcuts_change_no_verdict():
     assert found["equal"] > len(SETS) + 20
     assert found["told"] > 80
     assert found["wrong"] == found["different_trees"] == found["different_numbers"] == []
+    assert not found["near"], "no digit of a difference of equal huge powers is known"
     assert found["leaves"] > 70
     assert found["pairs"] > 4000
     assert found["trees"] > 80
@@ -389,12 +391,14 @@ def test_hostile_responses_cost_only_themselves():
         "megabyte of boxes", "megabyte of boxes without braces", "megabyte of closing braces", "nested boxes",
         "several boxes", "two hundred boxes", "unclosed box after a closed one", "lone surrogate without a box",
     }  # fmt: skip
-    for name in ("huge power", "power tower", "factorial", "nested braces", "gold answer that hangs"):
+    for name in ("power tower", "difference of huge powers", "endless sum", "nested braces", "gold answer that hangs"):
         assert by_name[name].reason == "timeout", name
+    for name in ("huge power", "huge power and a bit", "factorial"):  # told apart by their size
+        assert by_name[name].reason == "ok", name
     for name in ("empty box", "box of a space", "nothing", "unclosed box", "prompt injection", "empty gold answer"):
         assert by_name[name].reason == "unparsed", name
     assert by_name["huge power"].answer == "9^{9^{9}}"
-    assert by_name["python power"].answer is None
+    assert by_name["python power"].answer == "9^{9^{9}}"
     assert by_name["lone surrogates"].answer == "\udfff1"
     assert by_name["megabyte of letters"].answer == "x" * 1_000_000
 

@@ -47,6 +47,7 @@ from rlvd_jax.grading.answers import rational
 
 _SHORT = 1000  # characters; longer texts hardly ever come twice
 _LEAVES = 64  # numbers in an answer; comparing more costs more than it saves
+_PRECISION = 30  # bits of a number's 53 that tell enough
 
 
 def parse(text: str) -> list:
@@ -80,6 +81,14 @@ def verify(gold: list, target: list) -> bool:
     return same_string(gold, target) or math_verify.verify(gold, target, timeout_seconds=None)
 
 
+def correct(gold: list, target: list) -> bool:
+    """`verify`, but for pairs whose numbers tell them apart, which are most of the wrong answers."""
+    if same_string(gold, target):
+        return True
+    numbers = (leaves([x for x in found if not isinstance(x, str)]) for found in (gold, target))
+    return not differ(*numbers) and verify(gold, target)
+
+
 def equal(a: list, b: list) -> bool:
     """Whether `verify` is true in both orders.
 
@@ -106,7 +115,7 @@ def judge(gold: str, text: str, has_box: bool):
     right = parse_answer(gold)
     yield False, ("gold",)
     found = parse_answer(text) if has_box else parse(text)
-    yield has_box, ("verdict", *((verify(right, found), "ok") if right and found else (False, "unparsed")))
+    yield has_box, ("verdict", *((correct(right, found), "ok") if right and found else (False, "unparsed")))
     if not has_box:
         yield True, ("answer", display(found))
 
@@ -250,8 +259,11 @@ def _fixed(name: str) -> Rational:
 
 
 def _as_complex(value: Expr) -> complex:
-    """A finite number too large for a float is infinite, with its binary logarithm for an imaginary part."""
+    """A finite number too large for a float is infinite, with its binary logarithm for an imaginary part. Not a number
+    where sympy found no digit of it, as in a difference of huge powers."""
     number = complex(value)
+    if not abs(number) < 1e-9 and any(part._prec < _PRECISION for part in value.atoms(Float)):
+        return complex(math.nan, 0)
     if isinstance(value, Float) and cmath.isinf(number):
         _, mantissa, exponent, _ = value._mpf_
         try:

@@ -162,8 +162,9 @@ def supervised(
     """The packed batches of `epochs` passes over the examples, `batch` examples each, every token of a batch alike.
 
     Each epoch has its own order, a function of `seed` alone. The last batch of an epoch is smaller where the examples
-    don't divide evenly; it is kept, as TRL keeps it, in the shape that the others have on average. The iterator's `get_state()` is its position, JSON-able;
-    `set_state` goes on from there with the very same batches. The next ones are packed in the background.
+    don't divide evenly; it is kept, as TRL keeps it, in the shape that the others have on average. The iterator's
+    `get_state()` is its position, JSON-able; `set_state` goes on from there with the very same batches. The next ones
+    are packed in the background.
     """
 
     usual = batch * sum(map(len, examples)) / max(1, len(examples))  # tokens of a whole batch
