@@ -12,13 +12,16 @@ import training_helpers as tiny
 from flax import nnx
 
 from rlvd_jax.config import MeshConfig, OptimizerConfig
-from rlvd_jax.qwen2 import Qwen2, Qwen2Config
+from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.qwen2.mesh import make_mesh
 from rlvd_jax.qwen2.model import HEADS, WIDE, unstack
 from rlvd_jax.training.batches import pack, token_weights
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.optimizer import decayed, learning_rate, make_optimizer
 from rlvd_jax.training.step import Trainer, TrainState, layers_kept, segment_lengths
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import workloads
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=None, weight_decay=0.0)
 
@@ -166,17 +169,7 @@ def test_what_unrolled_layers_keep(capsys):
 def test_as_many_layers_are_kept_as_there_is_room_for():
     """The 1.5B, 8 rows of 2,048 tokens: compiled for an H100, 23 layers make it 39.5 GiB, and all of 28 42.2 GiB in a
     loop, where all are kept or none."""
-    c = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        head_dim=128,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
+    c = workloads.shape("1.5B")
 
     def kept(gib, unrolled=True, several=False, **mesh):
         axes = {"data": 1, "fsdp": 1, "tensor": 1} | mesh

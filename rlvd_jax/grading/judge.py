@@ -83,10 +83,7 @@ def verify(gold: list, target: list) -> bool:
 
 def correct(gold: list, target: list) -> bool:
     """`verify`, but for pairs whose numbers tell them apart, which are most of the wrong answers."""
-    if same_string(gold, target):
-        return True
-    numbers = (leaves([x for x in found if not isinstance(x, str)]) for found in (gold, target))
-    return not differ(*numbers) and verify(gold, target)
+    return same_string(gold, target) or (not differ(leaves(gold), leaves(target)) and verify(gold, target))
 
 
 def equal(a: list, b: list) -> bool:
@@ -160,7 +157,7 @@ def group(answers: list[str], placed: list[int], broken: set[int], unequal: set[
 
     def prepared(i):
         found = parse_answer(answers[i])
-        return found, leaves([x for x in found if not isinstance(x, str)])
+        return found, leaves(found)
 
     for g, i in sorted(founders.items()):
         leaders[g] = None
@@ -210,7 +207,7 @@ def leaves(found: list) -> tuple[complex, ...] | None:
 
 def _numbers(found: list) -> list[Expr] | None:
     numbers = []
-    todo = list(found)
+    todo = [x for x in found if not isinstance(x, str)]
     while todo:
         x = todo.pop()
         if isinstance(x, (Tuple, FiniteSet)):

@@ -23,12 +23,17 @@ class Objective:
     entropy: float = 0.0
 
 
+def _scores(hidden, cast, temperature: float):
+    """Logits, float32 [..., V], of hidden [..., D] and cast [V, D], both in one dtype, summed in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, cast, preferred_element_type=jnp.float32) / temperature
+
+
 def _read(hidden, cast, target, temperature: float):
     """What one chunk of logits z says: (z [..., V], its normaliser, log-probability of `target`, entropy), float32.
 
-    hidden [..., D], cast [V, D], both in one dtype, multiplied with sums in float32; target [...].
+    hidden, cast: as in `_scores`; target [...].
     """
-    z = jnp.einsum("...d,vd->...v", hidden, cast, preferred_element_type=jnp.float32) / temperature
+    z = _scores(hidden, cast, temperature)
     most = z.max(axis=-1, keepdims=True)
     p = jnp.exp(z - most)
     total = p.sum(axis=-1)
@@ -80,7 +85,7 @@ def _logprobs_backward(temperature, of_entropy, kept, cotangents):
 
     def chunk(to_table, x):
         h, target, norm, entropy, of_logp, of_its_entropy = x
-        z = jnp.einsum("...d,vd->...v", h, cast, preferred_element_type=jnp.float32) / temperature
+        z = _scores(h, cast, temperature)
         of_its_entropy = of_its_entropy if of_entropy else None
         to_hidden, more = _pull(z, norm, entropy, target, of_logp, of_its_entropy, h, cast, temperature)
         return to_table + more, to_hidden
