@@ -41,10 +41,10 @@ def part(kernel: str) -> str:
     return next((name for name, words in PARTS.items() if any(w in kernel for w in words)), "elementwise")
 
 
-def requests(name: str) -> list[Request]:
+def requests(name: str, times: int = 1) -> list[Request]:
     return [
         Request(prompt, i, tuple(range(len(lengths))), tuple(lengths))
-        for i, (prompt, lengths) in enumerate(workloads.lists(name))
+        for i, (prompt, lengths) in enumerate(times * workloads.lists(name))
     ]
 
 
@@ -61,30 +61,35 @@ def profile(sampler: Sampler, wanted: list[Request], share: float) -> dict:
     folder = tempfile.mkdtemp()
     plan = sampler.plan(max(len(r.prompt) for r in wanted), sum(len(r.samples) for r in wanted))
     left = share * sum(sum(r.limits) for r in wanted)
-    tracing = False
+    began, drawn = None, 0
     run = sampler_module._Run(sampler, wanted, 2, plan)
-    for _ in run.rounds():  # the devices are idle here
-        drawn = sum(int(g.produced.sum()) for g in run.groups)
-        if tracing:
+    for groups, _ in run.rounds():  # the devices are idle here
+        if began is not None:
             break
-        if drawn > left or run.counts["rounds"] > 24:
+        drawn += sum(int(g.count.sum()) for g in groups)
+        if drawn > left:
             jax.profiler.start_trace(folder)
-            tracing = True
-    if not tracing:
+            began = time.perf_counter()
+    if began is None:
         return {"steps": 0, "kernels": []}
+    seconds = time.perf_counter() - began
     jax.profiler.stop_trace()
     found = traces.kernels(folder)
     steps = max((count for name, _, count in found if "attend" in name), default=0) / sampler.config.num_hidden_layers
-    return {"steps": steps, "kernels": found}
+    return {"steps": steps, "slots": run.slots, "seconds": seconds, "kernels": found}
 
 
 def show(found: dict, rows: int = 24) -> None:
-    steps = found["steps"] or 1
+    if not found["steps"]:
+        print("    nothing was traced")
+        return
+    steps = found["steps"]
     by_part = collections.Counter()
     for name, ms, _ in found["kernels"]:
         by_part[part(name)] += ms
     total = sum(by_part.values())
-    print(f"    {steps:.0f} steps, {total / steps:.2f} ms of kernels each:", end=" ")
+    print(f"    {steps:.0f} steps of {found['slots']} slots, {1e3 * found['seconds'] / steps:.2f} ms each,", end=" ")
+    print(f"of it {total / steps:.2f} ms of kernels:", end=" ")
     print(", ".join(f"{name} {ms / steps:.2f} ({ms / total:.0%})" for name, ms in by_part.most_common()))
     for name, ms, count in found["kernels"][:rows]:
         print(f"    {ms / steps * 1e3:9.1f} µs {count / steps:7.1f}×  {name[:100]}")
@@ -98,8 +103,12 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="what the sampler must have room for")
     parser.add_argument("--slots", type=int)
+    parser.add_argument("--times", type=int, default=1, help="how often each list is drawn, as one, for several GPUs")
+    parser.add_argument("--devices", type=int, help="use the first so many; else all")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--profile", type=float, nargs="?", const=0.4, metavar="SHARE", help="after this share of the tokens (0.4)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -108,31 +117,34 @@ def main() -> None:
         lambda event, seconds, **_: compiling.update({"s": seconds, "n": 1}) if "backend_compile" in event else None
     )
     bytes_per_s, flops_per_s = workloads.chip()
-    device = jax.devices()[0]
-    print(f"{device.device_kind} × {len(jax.devices())}, jax {jax.__version__}: ", end="")
+    devices = jax.devices()[: args.devices]
+    device = devices[0]
+    print(f"{device.device_kind} × {len(devices)}, jax {jax.__version__}: ", end="")
     print(f"copy {bytes_per_s / 1e12:.2f} TB/s, bfloat16 product {flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
     c = workloads.shape(args.shape, max(4096, args.max_tokens + 128))
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params = jax.jit(lambda: nnx.split(Qwen2(c, nnx.Rngs(0), dtype=dtype, param_dtype=dtype), nnx.Param)[1])()
     settings = SamplingConfig(temperature=0.9, top_k=50, top_p=1.0, max_tokens=args.max_tokens, slots=args.slots)
-    sampler = Sampler(c, settings, (), dtype=dtype)
+    sampler = Sampler(c, settings, (), devices=devices, dtype=dtype)
     sampler.load(params)
     del params
     results = []
     for name in args.lists:
-        wanted = requests(name)
+        wanted = requests(name, args.times)
         compiling.clear()
         first, _ = run(sampler, wanted, 0)
         compiled = dict(compiling)
         seconds, tokens, counts = min((*run(sampler, wanted, 1 + i), dict(sampler.counts)) for i in range(args.repeat))
         slots = counts["slots"]
-        floor = len(jax.devices()) * workloads.list_floor(c, workloads.lists(name), slots, bytes_per_s, flops_per_s)
+        lists = -(-args.times // len(devices)) * workloads.lists(name)  # of each device
+        floor = len(devices) * workloads.list_floor(c, lists, slots, bytes_per_s, flops_per_s)
         stats = device.memory_stats() or {}
         result = {
             "shape": args.shape,
             "list": name,
+            "times": args.times,
             "device": device.device_kind,
-            "devices": len(jax.devices()),
+            "devices": len(devices),
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -145,15 +157,16 @@ def main() -> None:
             "programs_compiled": compiled.get("n", 0),
         }
         print(
-            f"{args.shape} {name}: {result['tokens_per_second']:,.0f} tokens/s, {result['share_of_floor']:.0%} of the "
-            f"floor ({floor:,.0f}); {seconds:.2f} s, {counts['steps']} steps of "
-            f"{result['milliseconds_per_step']:.2f} ms, {counts['rounds']} rounds, {slots} slots, "
-            f"{counts['given_up']} given up, peak {(result['peak_memory'] or 0) / 2**30:.1f} GiB; first {first:.1f} s, "
+            f"{args.shape} {name}{f' × {args.times}' if args.times > 1 else ''}: {result['tokens_per_second']:,.0f} "
+            f"tokens/s, {result['share_of_floor']:.0%} of the floor ({floor:,.0f}); {seconds:.2f} s, "
+            f"{counts['steps']} steps of {result['milliseconds_per_step']:.2f} ms, {counts['rounds']} rounds, "
+            f"{slots} slots, {counts['given_up']} given up, peak "
+            f"{(result['peak_memory'] or 0) / 2**30:.1f} GiB; first {first:.1f} s, "
             f"of it {result['compile_seconds']:.1f} s compiling {result['programs_compiled']:.0f} programs",
             flush=True,
         )
         if args.profile:
-            result["profile"] = profile(sampler, wanted, 0.4)
+            result["profile"] = profile(sampler, wanted, args.profile)
             show(result["profile"])
         results.append(result)
     if args.json:
