@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from rlvd_jax.config import MeshConfig
 from rlvd_jax.qwen2.mesh import make_mesh
@@ -109,9 +110,10 @@ def assert_close(a, b):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("on_mesh", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_loss_is_the_plain_one(objective, monkeypatch):
-    """With its sums and gradients."""
+def test_the_loss_is_the_plain_one(objective, on_mesh, monkeypatch):
+    """With its sums and gradients; on a mesh, of one device here, as training has it."""
     calls = []
 
     def by_kernel(*arguments):
@@ -121,7 +123,7 @@ def test_the_loss_is_the_plain_one(objective, monkeypatch):
     monkeypatch.setattr(loss, "_statistics", lambda *arguments: loss._plain(*arguments[:3]))
     expected = everything(objective)
     monkeypatch.setattr(loss, "_statistics", by_kernel)
-    assert_close(everything(objective), expected)
+    assert_close(everything(objective, make_mesh(MeshConfig(), jax.devices()[:1]) if on_mesh else None), expected)
     assert len(calls) == 3
 
 
@@ -141,16 +143,18 @@ def test_where_the_kernel_runs(monkeypatch):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_program_for_gpus(objective, monkeypatch):
-    """Made without one, but not compiled: the loss over Qwen2.5's vocabulary with its gradient, on a mesh."""
+    """Made without one, but not compiled: the loss over Qwen2.5's vocabulary with its gradient."""
     monkeypatch.setattr(loss, "platform_of", lambda _: "gpu")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     hidden, table = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 217, 64), (151936, 64)))
     batch = {name: jax.ShapeDtypeStruct((8, 217), x.dtype) for name, x in batch_of()[2].items()}
 
     def value(hidden, table, batch):
-        return loss_of_hidden(hidden, table, batch, objective, mesh=mesh)[0]
+        return loss_of_hidden(hidden, table, batch, objective)[0]
 
-    program = jax.jit(jax.grad(value, argnums=(0, 1))).trace(hidden, table, batch).lower(lowering_platforms=("cuda",))
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        traced = jax.jit(jax.grad(value, argnums=(0, 1))).trace(hidden, table, batch)
+        program = traced.lower(lowering_platforms=("cuda",))
     assert "softmax_statistics" in program.as_text()
 
 
