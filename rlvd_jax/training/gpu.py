@@ -23,7 +23,7 @@ def softmax_statistics(scores, target, temperature: float, *, interpret=False):
     """Of the logits z = scores / temperature: their normaliser log Σ exp z, the target's logit, and the entropy of
     softmax z in nats.
 
-    scores: [rows, size, V] float32, above -1e30; target: [rows, size] int32, below V. → three times [rows, size]
+    scores: [rows, size, V] float32, none below -1e30; target: [rows, size] int32, below V. → three times [rows, size]
     float32. It has no derivative.
     """
     *shape, vocab = scores.shape
