@@ -1,7 +1,10 @@
 """How fast an update is: python tools/bench_training.py --shape 1.5B --rows 8 --tokens 2048 [--packed] [--json FILE]
 
 Times `Trainer.update`, the code that GRPO and SFT run, on random weights: float32 master weights and AdamW, bfloat16
-arithmetic on accelerators. Rows are full, each one example, or with `--packed` hold responses of lognormal lengths.
+arithmetic on accelerators. As in SFT's loop, each update is handed to the devices without waiting for the one before;
+seconds are those of `--repeat` updates, from the first one handed over to the end of the last, after one that warms up.
+Rows are full, each one example, or with `--packed` hold responses of lognormal lengths. On several devices rows are
+split over them, and with `--fsdp` the weights too.
 Prints tokens a second, model FLOP utilisation (6 FLOPs a parameter and token and the causal half of attention,
 recomputation not counted, over the chip's rate for a bfloat16 product, measured here first), memory and compilation.
 `--profile` adds where the time goes, by kernel, on an accelerator.
@@ -60,18 +63,21 @@ def main() -> None:
     parser.add_argument("--unroll", action="store_true", help="each layer compiled by itself")
     parser.add_argument("--memory", type=float, metavar="GIB", help="that an update may use; else what the GPU has")
     parser.add_argument("--packed", action="store_true", help="several examples a row")
-    parser.add_argument("--fsdp", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=4)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--devices", type=int, metavar="N", help="use the first N; else all")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that the weights are split over")
+    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--profile", action="store_true", help="of one more update, the mean over the devices")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     _, flops_per_s = workloads.chip()
-    device, devices = jax.devices()[0], len(jax.devices())
-    print(f"{device.device_kind} × {devices}, jax {jax.__version__}: bfloat16 product {flops_per_s / 1e12:.0f} TFLOP/s")
+    devices = jax.devices()[: args.devices]
+    device = devices[0]
+    product = f"bfloat16 product {flops_per_s / 1e12:.0f} TFLOP/s"
+    print(f"{device.device_kind} × {len(devices)}, jax {jax.__version__}: {product}")
     c = workloads.shape(args.shape, max(4096, args.tokens))
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    mesh = make_mesh(MeshConfig(fsdp=args.fsdp))
+    mesh = make_mesh(MeshConfig(fsdp=args.fsdp), devices)
     results = []
     for micro_rows in args.micro_rows:
         objective = Objective() if args.objective == "grpo" else None
@@ -90,20 +96,23 @@ def main() -> None:
         start = time.perf_counter()
         compiled = trainer.update.lower(state, placed).compile()
         compile_seconds = time.perf_counter() - start
-        times, losses = [], []
-        for _ in range(args.repeat + 1):
-            start = time.perf_counter()
+        state, metrics = compiled(state, trainer.place(batch))
+        losses = [float(metrics["loss"])]
+        start = time.perf_counter()
+        for _ in range(args.repeat):
             state, metrics = compiled(state, trainer.place(batch))
-            losses.append(float(metrics["loss"]))
-            times.append(time.perf_counter() - start)
-        seconds = min(times[1:])
+            losses.append(metrics["loss"])
+        jax.block_until_ready((state, metrics))
+        seconds = (time.perf_counter() - start) / args.repeat
+        losses = [float(x) for x in losses]
         flops = tokens * workloads.train_flops(c, int(np.mean(lengths)) + 32)
         memory = compiled.memory_analysis()
         result = {
             "shape": args.shape,
             "objective": args.objective,
             "device": device.device_kind,
-            "devices": devices,
+            "devices": len(devices),
+            "fsdp": args.fsdp,
             "rows": args.rows,
             "row_tokens": args.tokens,
             "micro_rows": micro_rows,
@@ -111,16 +120,18 @@ def main() -> None:
             "memory": args.memory,
             "packed": args.packed,
             "tokens": tokens,
+            "repeat": args.repeat,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / flops_per_s / devices,
+            "mfu": flops / seconds / flops_per_s / len(devices),
             "compiler_peak": getattr(memory, "peak_memory_in_bytes", None),
             "allocator_peak": (device.memory_stats() or {}).get("peak_bytes_in_use"),
             "compile_seconds": compile_seconds,
             "losses": losses,
         }
         results.append(result)
-        how = " unrolled" * args.unroll + (f" within {args.memory:g} GiB" if args.memory else "")
+        how = f" on each of {len(devices)}, fsdp {args.fsdp}," * (len(devices) > 1)
+        how += " unrolled" * args.unroll + (f" within {args.memory:g} GiB" if args.memory else "")
         print(
             f"{args.shape} {args.objective} {args.rows} × {args.tokens}{' packed' if args.packed else ''}, "
             f"{micro_rows} at a time{how}: {tokens / seconds:,.0f} tokens/s, {seconds:.3f} s, {result['mfu']:.1%} of "
@@ -133,7 +144,7 @@ def main() -> None:
             with jax.profiler.trace(folder):
                 state, metrics = compiled(state, placed)
                 jax.block_until_ready(metrics)
-            result["kernels"] = traces.kernels(folder)
+            result["kernels"] = [(name, ms / len(devices), n) for name, ms, n in traces.kernels(folder)]
             for name, ms, number in result["kernels"][:40]:
                 print(f"    {ms:8.2f} ms {number:6d}×  {name[:100]}")
             print(f"    {sum(ms for _, ms, _ in result['kernels']):8.2f} ms in all", flush=True)

@@ -23,8 +23,7 @@ def attend(q, k, v, segments, mesh: Mesh | None = None, lengths=None):
     int32, tokens of each segment, 0 where there is none, which only `cudnn` reads; None: each row is one segment.
     Returns [batch, time, heads, head_dim].
     """
-    # A program may be compiled for devices that are not here (targets.py), so the mesh is asked first.
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    platform = platform_of(mesh)
     if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
         if lengths is None:
             lengths = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)[:, None]
@@ -32,6 +31,12 @@ def attend(q, k, v, segments, mesh: Mesh | None = None, lengths=None):
     if platform == "tpu" and mesh is not None and q.shape[1] >= LANES:
         return on_each_device(splash, q, k, v, segments, mesh)
     return plain(q, k, v, _mask(segments))
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """Of the devices that a program is compiled for: the mesh's, which need not be here (targets.py), or without one
+    JAX's default backend."""
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def _mask(segments):

@@ -8,6 +8,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlvd_jax.qwen2.attention import platform_of
+from rlvd_jax.qwen2.mesh import BATCH
+from rlvd_jax.training import gpu
 
 LOGITS_AT_ONCE = 2**28  # elements of the one block of logits that exists at a time on a device: 1 GiB in float32
 
@@ -23,25 +28,47 @@ class Objective:
     entropy: float = 0.0
 
 
-def _scores(hidden, cast, temperature: float):
-    """Logits, float32 [..., V], of hidden [..., D] and cast [V, D], both in one dtype, summed in float32."""
-    return jnp.einsum("...d,vd->...v", hidden, cast, preferred_element_type=jnp.float32) / temperature
+def _scores(hidden, cast):
+    """Logits before the temperature, float32 [..., V], of hidden [..., D] and cast [V, D], both in one dtype, summed in
+    float32."""
+    return jnp.einsum("...d,vd->...v", hidden, cast, preferred_element_type=jnp.float32)
 
 
-def _read(hidden, cast, target, temperature: float):
+def _read(hidden, cast, target, temperature: float, mesh: Mesh | None):
     """What one chunk of logits z says: (z [..., V], its normaliser, log-probability of `target`, entropy), float32.
 
-    hidden, cast: as in `_scores`; target [...].
+    hidden, cast: as in `_scores`; target: [...].
     """
-    z = _scores(hidden, cast, temperature)
+    scores = _scores(hidden, cast)
+    norm, chosen, entropy = _statistics(scores, target, temperature, mesh)
+    return scores / temperature, norm, chosen - norm, entropy
+
+
+def _statistics(scores, target, temperature: float, mesh: Mesh | None):
+    """(normaliser, the target's logit, entropy) of scores / temperature, [rows, size, V] → float32 [rows, size]: the
+    one place where an implementation is chosen. No gradient is taken through it."""
+    if platform_of(mesh) == "gpu" and (mesh is None or mesh.shape["tensor"] == 1):  # else a vocabulary may be split
+        return _by_kernel(scores, target, temperature, mesh)
+    return _plain(scores, target, temperature)
+
+
+def _by_kernel(scores, target, temperature: float, mesh: Mesh | None, interpret=False):
+    """`_statistics` in one pass, on each device of its own rows: the compiler cannot split a kernel by itself."""
+    kernel = partial(gpu.softmax_statistics, temperature=temperature, interpret=interpret)
+    if mesh is not None:
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(BATCH, BATCH), out_specs=BATCH, check_vma=False)
+    return kernel(scores, target)
+
+
+def _plain(scores, target, temperature: float):
+    z = scores / temperature
     most = z.max(axis=-1, keepdims=True)
     p = jnp.exp(z - most)
     total = p.sum(axis=-1)
-    norm = most[..., 0] + jnp.log(total)
     # A masked sum, not a gather: a vocabulary that is split over devices then needs only a reduction.
     chosen = jnp.sum(jnp.where(_is_target(z, target), z, 0), axis=-1)
     entropy = jnp.log(total) - jnp.sum(p * (z - most), axis=-1) / total
-    return z, norm, chosen - norm, entropy
+    return most[..., 0] + jnp.log(total), chosen, entropy
 
 
 def _is_target(z, target):
@@ -60,8 +87,8 @@ def _pull(z, norm, entropy, target, of_logp, of_entropy, hidden, cast, temperatu
     return to_hidden, jnp.einsum("...v,...d->vd", to_z, hidden, preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _logprobs(hidden, table, target, temperature: float, of_entropy: bool):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _logprobs(hidden, table, target, temperature: float, mesh: Mesh | None, of_entropy: bool):
     """(log-probability of `target`, entropy), both [chunks, rows, size], from hidden [chunks, rows, size, D] and table
     [V, D], with the logits of one chunk at a time.
 
@@ -70,22 +97,22 @@ def _logprobs(hidden, table, target, temperature: float, of_entropy: bool):
     cotangents with bfloat16 matrices, slowly, and would cast the table anew for each chunk and keep as arrays what is
     the same for all of them. A gradient flows through the entropy if `of_entropy`.
     """
-    return _logprobs_forward(hidden, table, target, temperature, of_entropy)[0]
+    return _logprobs_forward(hidden, table, target, temperature, mesh, of_entropy)[0]
 
 
-def _logprobs_forward(hidden, table, target, temperature, of_entropy):
+def _logprobs_forward(hidden, table, target, temperature, mesh, of_entropy):
     cast = table.astype(hidden.dtype)
-    norm, logp, entropy = jax.lax.map(lambda x: _read(x[0], cast, x[1], temperature)[1:], (hidden, target))
+    norm, logp, entropy = jax.lax.map(lambda x: _read(x[0], cast, x[1], temperature, mesh)[1:], (hidden, target))
     return (logp, entropy), (hidden, table, target, norm, entropy)
 
 
-def _logprobs_backward(temperature, of_entropy, kept, cotangents):
+def _logprobs_backward(temperature, mesh, of_entropy, kept, cotangents):
     hidden, table, target, norm, entropy = kept
     cast = table.astype(hidden.dtype)
 
     def chunk(to_table, x):
         h, target, norm, entropy, of_logp, of_its_entropy = x
-        z = _scores(h, cast, temperature)
+        z = _scores(h, cast) / temperature
         of_its_entropy = of_its_entropy if of_entropy else None
         to_hidden, more = _pull(z, norm, entropy, target, of_logp, of_its_entropy, h, cast, temperature)
         return to_table + more, to_hidden
@@ -106,6 +133,11 @@ def _split(x, chunks: int):
     return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
 
+def _shards(mesh: Mesh | None) -> int:
+    """Devices that rows are split over."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def _chunks(rows: int, positions: int, vocab: int, logits: int) -> int:
     return min(positions, max(1, -(-rows * positions * vocab // logits)))
 
@@ -116,42 +148,43 @@ def token_logprobs(
     tokens,
     *,
     temperature: float = 1.0,
-    shards: int = 1,
+    mesh: Mesh | None = None,
     logits: int = LOGITS_AT_ONCE,
     of_entropy: bool = False,
 ):
     """Log-probability of each token given those before it, at `temperature` over the full vocabulary.
 
-    hidden: [rows, T, D]; table: [V, D]; tokens: [rows, T] int32; shards: devices that the rows are split over.
+    hidden: [rows, T, D]; table: [V, D]; tokens: [rows, T] int32; mesh: the devices that this is compiled for,
+    over which rows are split as qwen2/mesh.py says; None: one device, JAX's default.
     → (logp, entropy), float32 [rows, T]: at index t of token t and of the distribution it was drawn from, in nats; 0 at
     index 0. A gradient flows through the entropy if `of_entropy`. Logits are made in chunks of at most `logits`
     elements a device and made again in the backward pass, so [rows, T, V] never exists.
     """
     rows, positions = tokens.shape[0], tokens.shape[1] - 1  # the last hidden state predicts nothing here
-    chunks = _chunks(rows, positions, table.shape[0], shards * logits)
+    chunks = _chunks(rows, positions, table.shape[0], _shards(mesh) * logits)
     with jax.named_scope("logprobs"):
         hidden, target = _split(hidden[:, :-1], chunks), _split(tokens[:, 1:], chunks)
-        out = _logprobs(hidden, table, target, temperature, of_entropy)
+        out = _logprobs(hidden, table, target, temperature, mesh, of_entropy)
         out = (jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :positions] for x in out)
         return tuple(jnp.pad(x, ((0, 0), (1, 0))) for x in out)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_loss(hidden, table, batch, objective: Objective | None, temperature: float):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_loss(hidden, table, batch, objective: Objective | None, temperature: float, mesh: Mesh | None):
     """`loss` of hidden [chunks, rows, size, D], table [V, D] and arrays [chunks, rows, size], one chunk at a time.
 
     Each token's share of it depends on that token alone, so its gradient is found in the forward pass, while the logits
     are there, and they need not be made again.
     """
-    return loss(*_logprobs(hidden, table, batch["tokens"], temperature, False), batch, objective)
+    return loss(*_logprobs(hidden, table, batch["tokens"], temperature, mesh, False), batch, objective)
 
 
-def _token_loss_forward(hidden, table, batch, objective, temperature):
+def _token_loss_forward(hidden, table, batch, objective, temperature, mesh):
     cast = table.astype(hidden.dtype)
 
     def chunk(to_table, x):
         h, batch = x
-        z, norm, logp, entropy = _read(h, cast, batch["tokens"], temperature)
+        z, norm, logp, entropy = _read(h, cast, batch["tokens"], temperature, mesh)
         slopes = jax.grad(lambda *of: loss(*of, batch, objective)[0], argnums=(0, 1))(logp, entropy)
         of_entropy = slopes[1] if objective and objective.entropy else None
         to_hidden, more = _pull(z, norm, entropy, batch["tokens"], slopes[0], of_entropy, h, cast, temperature)
@@ -161,7 +194,7 @@ def _token_loss_forward(hidden, table, batch, objective, temperature):
     return loss(logp, entropy, batch, objective), (to_hidden, to_table.astype(table.dtype))
 
 
-def _token_loss_backward(objective, temperature, kept, cotangents):
+def _token_loss_backward(objective, temperature, mesh, kept, cotangents):
     by = cotangents[0]  # the sums have no gradient
     return *((by * x).astype(x.dtype) for x in kept), None
 
@@ -176,23 +209,23 @@ def loss_of_hidden(
     objective: Objective | None,
     *,
     temperature: float = 1.0,
-    shards: int = 1,
+    mesh: Mesh | None = None,
     logits: int = LOGITS_AT_ONCE,
 ):
-    """`loss` from hidden states [rows, T, D] and the table [V, D]; shards, logits: as in `token_logprobs`.
+    """`loss` from hidden states [rows, T, D] and the table [V, D]; mesh, logits: as in `token_logprobs`.
 
     Differentiable in both. The logits are made once, but for the ratio of whole sequences, whose gradient is known only
     when all of them have been seen.
     """
-    options = {"temperature": temperature, "shards": shards, "logits": logits}
+    options = {"temperature": temperature, "mesh": mesh, "logits": logits}
     if objective and objective.ratio == "sequence":
         of_entropy = bool(objective.entropy)
         return loss(*token_logprobs(hidden, table, batch["tokens"], of_entropy=of_entropy, **options), batch, objective)
     rows, time = batch["tokens"].shape
-    chunks = _chunks(rows, time - 1, table.shape[0], shards * logits)
+    chunks = _chunks(rows, time - 1, table.shape[0], _shards(mesh) * logits)
     with jax.named_scope("logprobs"):
         batch = {name: _split(x[:, 1:], chunks) for name, x in batch.items() if x.shape == (rows, time)}
-        return _token_loss(_split(hidden[:, :-1], chunks), table, batch, objective, temperature)
+        return _token_loss(_split(hidden[:, :-1], chunks), table, batch, objective, temperature, mesh)
 
 
 def segment_mean(x, mask, segments):

@@ -184,7 +184,7 @@ class Trainer:
 
     def _loss(self, params, micro, keep: int):
         hidden, table = self._hidden(params, micro, keep)
-        options = {"temperature": self.temperature, "shards": self.batch_shards}
+        options = {"temperature": self.temperature, "mesh": self.mesh}
         return loss_of_hidden(hidden, table, micro, self.objective, **options)
 
     def _update(self, state: TrainState, batch):
@@ -223,7 +223,7 @@ class Trainer:
     def _logprobs(self, params, batch):
         def fill(i, out):
             micro = jax.tree.map(lambda x: x[i], batch)
-            options = {"temperature": self.temperature, "shards": self.batch_shards}
+            options = {"temperature": self.temperature, "mesh": self.mesh}
             logp, _ = token_logprobs(*self._hidden(params, micro), micro["tokens"], **options)
             return jax.lax.dynamic_update_index_in_dim(out, logp, i, 0)
 
