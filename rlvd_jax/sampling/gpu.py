@@ -62,15 +62,16 @@ def split(h, parts: int):
     return h.reshape(h.shape[0], parts, -1).swapaxes(0, 1)
 
 
-def tiling(rows: int, k: int, n: int, gated: bool = False) -> dict:
-    """How `few_rows` shares out h [rows, k] @ w [k, n], or [k, 2 n]: columns of a program, positions of k that it takes
-    at a time, parts of k, blocks on their way. Two programs fit a multiprocessor and all run at once."""
-    tile, block = 64, 64
+def tiling(rows: int, k: int, n: int, gated=False, *, tile=None, block=None, splits=None, num_stages=None) -> dict:
+    """How `few_rows` shares out h [rows, k] @ w [k, n], or [k, 2 n], where it is left open: columns of a program, how
+    much of k it takes at a time, parts of k, blocks on their way. All programs run at once, two on a multiprocessor."""
+    tile, block = tile or 64, block or 64
     blocks = pl.cdiv(k, block)
     most = 1 if gated else max(1, min(PROGRAMS // pl.cdiv(n, tile), k // LEAST_K))
-    splits = pl.cdiv(blocks, pl.cdiv(blocks, most))  # none is empty
+    splits = splits or pl.cdiv(blocks, pl.cdiv(blocks, most))  # none is empty
     staged = 2 * block * (_padded(rows) + (2 if gated else 1) * tile)  # bytes, in bfloat16
-    return {"tile": tile, "block": block, "splits": splits, "num_stages": max(2, min(8, STAGED // staged))}
+    num_stages = num_stages or max(2, min(8, STAGED // staged))
+    return {"tile": tile, "block": block, "splits": splits, "num_stages": num_stages}
 
 
 def _padded(rows: int) -> int:
@@ -90,15 +91,15 @@ def few_rows(
     (rows, k), n = h.shape, w.shape[1] // (2 if gated else 1)
     if rows > FEW:
         raise ValueError(f"{rows} rows; the kernel takes {FEW}")
-    how = tiling(rows, k, n, gated)
-    tile, block, splits = tile or how["tile"], block or how["block"], splits or how["splits"]
+    how = tiling(rows, k, n, gated, tile=tile, block=block, splits=splits, num_stages=num_stages)
+    tile, block, splits, num_stages = how.values()
     if gated and splits > 1:
         raise ValueError("swiglu needs whole sums")
     return pl.pallas_call(
         partial(_few_rows_kernel, tile=tile, block=block, each=pl.cdiv(pl.cdiv(k, block), splits), gated=gated),
         grid=(pl.cdiv(n, tile), splits),
         out_shape=jax.ShapeDtypeStruct((splits, rows, n), h.dtype if splits == 1 else jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages or how["num_stages"]),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="gated_dot_few_rows" if gated else "dot_few_rows",
     )(h, w)
