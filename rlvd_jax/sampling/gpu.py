@@ -1,9 +1,11 @@
-"""Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): attention over a paged cache, norms, and the draw.
+"""Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): products of few rows, attention over a paged cache,
+norms, and the draw.
 
-`attend` does in one pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes
-key and value to the response's page, and reads every filled position once. Pages that responses share, those of their
-prompt, come from the chip's cache after the first read. `draw` reads the logits once, and of each row once more only
-the blocks of 128 tokens that can hold one of the k largest.
+`few_rows` reads weights at the speed of memory where the tail of a batch leaves few responses. `attend` does in one
+pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key and value to the
+response's page, and reads every filled position once. Pages that responses share, those of their prompt, come from the
+chip's cache after the first read. `draw` reads the logits once, and of each row once more only the blocks of 128 tokens
+that can hold one of the k largest.
 """
 
 from __future__ import annotations
@@ -138,9 +140,9 @@ def _added(ref, row, column, there, dtype):
     return x.astype(dtype)
 
 
-# Below, `lax.div` and `lax.rem` are not // and %, whose care for signs hides from the compiler what is contiguous.
-
 # ---- attention -------------------------------------------------------------------------------------
+
+# In kernels, `lax.div` and `lax.rem` are not // and %, whose care for signs hides from the compiler what is contiguous.
 
 
 # Jitted, so that a kernel is traced once and not for every layer.
