@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from test_filters import exact, p_value
 
 from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
@@ -40,10 +41,17 @@ def attended(qkv, bias, rope, position, table, keys, values, heads):
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, dim, parts, splits",
-    [(12, 2, 128, 1, 1), (14, 2, 64, 2, 1), (12, 2, 128, 4, 3), (16, 2, 128, 1, None)],
+    "heads, kv_heads, dim, parts, splits, how",
+    [
+        (12, 2, 128, 1, 1, {}),
+        (14, 2, 64, 2, 1, {"ahead": False}),
+        (12, 2, 128, 4, 3, {"ahead": False}),
+        (12, 2, 128, 4, 3, {}),
+        (14, 2, 64, 2, 2, {"block": 16, "num_warps": 4, "num_stages": 4}),
+        (16, 2, 128, 1, None, {}),
+    ],
 )
-def test_attention(heads, kv_heads, dim, parts, splits):
+def test_attention(heads, kv_heads, dim, parts, splits, how):
     """Responses of several lengths that share a page, at a page's edge, at their first token, and an idle slot."""
     slots, pages = 6, 60
     dtype = jnp.bfloat16
@@ -56,7 +64,8 @@ def test_attention(heads, kv_heads, dim, parts, splits):
     bias = normal((heads + 2 * kv_heads) * dim, seed=5, dtype=dtype)
     arguments = qkv, bias, rope, position, table
     expected, new_keys, new_values = attended(*arguments, keys, values, heads)
-    out, *new = gpu.attend(*arguments, keys, values, heads=heads, parts=parts, splits=splits, interpret=INTERPRET)
+    how = {"heads": heads, "parts": parts, "splits": splits, "interpret": INTERPRET, **how}
+    out, *new = gpu.attend(*arguments, keys, values, **how)
     assert out.shape == (parts, slots, heads * dim // parts)
     out = np.float64(out.swapaxes(0, 1).reshape(slots, -1))
     live = np.array(position) >= 0
@@ -81,12 +90,83 @@ def test_adding_and_norm():
         np.testing.assert_allclose(np.float32(norm.swapaxes(0, 1).reshape(5, 96)), expected, rtol=0.01)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
+@pytest.mark.parametrize(
+    "k, n, how",
+    [
+        (200, 328, {"splits": 1}),  # neither whole blocks nor whole tiles, one part
+        (200, 328, {"splits": 3}),  # 4 blocks in parts of 2, one of them empty
+        (320, 64, {"splits": 2}),  # parts of unlike size
+        (256, 136, {"tile": 32, "block": 32, "splits": 4, "num_warps": 2, "num_stages": 2}),
+        (1536, 192, {}),
+    ],
+)
+def test_products_of_few_rows(rows, k, n, how):
+    """Sums in float32 of what lies in bfloat16; no row or column that isn't there gets in or out."""
+    h, w = normal(rows, k, dtype=jnp.bfloat16), normal(k, n, seed=1, dtype=jnp.bfloat16)
+    expected = np.float64(h) @ np.float64(w)
+    out = gpu.few_rows(h, w, **how, interpret=INTERPRET)
+    splits = how.get("splits", 4)
+    assert out.shape == (splits, rows, n)
+    assert out.dtype == (jnp.bfloat16 if splits == 1 else jnp.float32)
+    rtol = 2**-8 if splits == 1 else 1e-5
+    np.testing.assert_allclose(np.float64(out).sum(axis=0), expected, rtol=rtol, atol=1e-5 * k)
+    if splits > 1:  # in order, each from its own positions of k
+        block = how.get("block", 64)
+        each = pl.cdiv(pl.cdiv(k, block), splits) * block
+        first = np.float64(h[:, :each]) @ np.float64(w[:each])
+        np.testing.assert_allclose(np.float64(out[0]), first, rtol=1e-5, atol=1e-5 * k)
+
+
+@pytest.mark.parametrize("rows", [3, 64])
+@pytest.mark.parametrize("k, n, how", [(200, 136, {}), (256, 64, {"tile": 32, "block": 128, "num_stages": 3})])
+def test_the_activation_in_the_product(rows, k, n, how):
+    h, w = normal(rows, k, dtype=jnp.bfloat16), 0.1 * normal(k, 2 * n, seed=1)
+    w = w.astype(jnp.bfloat16)
+    gate, up = np.split(np.float64(h) @ np.float64(w), 2, axis=1)
+    out = gpu.few_rows(h, w, gated=True, **how, interpret=INTERPRET)
+    assert out.shape == (1, rows, n) and out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(out[0]), gate / (1 + np.exp(-gate)) * up, rtol=0.03, atol=0.02)
+    ours, theirs = (gpu.gated(h, w, few=few, interpret=INTERPRET) for few in (True, False))
+    np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=0.03, atol=0.02)
+
+
+def test_what_few_rows_does_not_take():
+    for rows, how in ((65, {}), (2, {"gated": True, "splits": 2})):
+        with pytest.raises(ValueError, match="takes 64" if rows > 64 else "whole sums"):
+            gpu.few_rows(normal(rows, 64), normal(64, 64), **how, interpret=INTERPRET)
+
+
+@pytest.mark.parametrize("hidden, mlp, qkv", [(896, 4864, 1152), (1536, 8960, 2048), (2048, 11008, 2560), (32, 48, 64)])
+def test_how_few_rows_are_shared_out(hidden, mlp, qkv):
+    """No part is empty, all programs run at once, two to a multiprocessor, and the result goes the same way."""
+    for rows in (1, 16, 17, 64):
+        for k, n, is_gated in (
+            (hidden, qkv, False),
+            (hidden, hidden, False),
+            (mlp, hidden, False),
+            (hidden, mlp, True),
+        ):
+            how = gpu.tiling(rows, k, n, is_gated)
+            blocks = pl.cdiv(k, how["block"])
+            each = pl.cdiv(blocks, how["splits"])
+            assert (how["splits"] - 1) * each < blocks <= how["splits"] * each
+            assert how["splits"] * pl.cdiv(n, how["tile"]) <= 2 * 132
+            staged = 2 * how["block"] * (max(16, rows) + how["tile"] * (2 if is_gated else 1))
+            assert how["num_stages"] >= 2 and how["num_stages"] * staged <= 113 * 1024
+            assert not is_gated or how["splits"] == 1
+
+
 def test_products_in_parts():
     h, w = normal(3, 64), normal(64, 24, seed=1)
     for parts in (1, 4):
         product = gpu.product(gpu.split(h, parts), w)
         assert product.shape == (parts, 3, 24)
         np.testing.assert_allclose(product.sum(axis=0), h @ w, atol=1e-4)
+    w = normal(1536, 24, seed=1, dtype=jnp.bfloat16)
+    h = normal(1, 3, 1536, dtype=jnp.bfloat16)
+    assert gpu.product(h, w).shape == (1, 3, 24)
+    assert gpu.product(h, w, few=True, interpret=INTERPRET).shape == (4, 3, 24)
     assert [gpu.parts_of(n) for n in (16, 256, 2048)] == [1, gpu.PARTS, 1]
 
 

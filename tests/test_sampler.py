@@ -17,7 +17,7 @@ from tiny_qwen2 import CONFIGS, logits, params_of, random_model
 
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
-from rlvd_jax.sampling import Request, Sampler, decoder
+from rlvd_jax.sampling import Request, Sampler, decoder, gpu
 from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
 
@@ -467,6 +467,18 @@ def paged(model, pages=None, **settings):
 def test_pages_make_no_difference(model, requests, whole):
     """Prompts that share pages, end within one or at its edge; slots that are refilled, and that become fewer."""
     assert_same(run(paged(model, slots=7), requests[::-1]), whole)
+
+
+def test_products_of_more_rows_with_pages(model, requests, whole, monkeypatch):
+    """As many slots as there are here have a kernel of their own; this is what more have, in parts."""
+    taken, product = [], gpu.product
+    monkeypatch.setattr(gpu, "FEW", 0)
+    monkeypatch.setattr(gpu, "parts_of", lambda rows: 4)
+    monkeypatch.setattr(gpu, "product", lambda h, w, **how: taken.append((len(h), how["few"])) or product(h, w, **how))
+    requests = requests[3:9]
+    ours = run(paged(model, slots=11), requests)  # a number that no other test has a program for
+    assert_same(ours, {key: whole[key] for key in ours})
+    assert set(taken) == {(4, False)}
 
 
 def test_a_pool_that_runs_dry(model, requests, whole):

@@ -1,9 +1,11 @@
-"""Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): attention over a paged cache, norms, and the draw.
+"""Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): products of few rows, attention over a paged cache,
+norms, and the draw.
 
-`attend` does in one pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes
-key and value to the response's page, and reads every filled position once. Pages that responses share, those of their
-prompt, come from the chip's cache after the first read. `draw` reads the logits once, and of each row once more only
-the blocks of 128 tokens that can hold one of the k largest.
+`few_rows` reads weights at the speed of memory where the tail of a batch leaves few responses. `attend` does in one
+pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key and value to the
+response's page, and reads every filled position once. Pages that responses share, those of their prompt, come from the
+chip's cache after the first read. `draw` reads the logits once, and of each row once more only the blocks of 128 tokens
+that can hold one of the k largest.
 """
 
 from __future__ import annotations
@@ -16,33 +18,118 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from rlvd_jax.qwen2.layers import swiglu
+
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = 128  # tokens of the vocabulary that share a maximum
 PARTS = 4  # that a small batch's matrix products are split into
+PROGRAMS = 256  # of a product of few rows, at most
+LEAST_K = 384  # numbers that each of such a product's parts adds up, at least
+STAGED = 96 * 1024  # bytes of shared memory of a program, at most: a multiprocessor has 228 KiB
+FEW = 64  # up to so many rows, products are bound by reading the weights, and have a kernel of their own
 
 
 # ---- matrix products ---------------------------------------------------------------------------------
 
 
 def parts_of(rows: int) -> int:
-    """Into how many a product's sum is split so that few rows still occupy the whole chip (fewer still are bound by
-    reading the weights). The kernel that reads the product adds the parts up, which costs it next to nothing."""
+    """Into how many a product's sum is split so that few rows still occupy the whole chip (`few_rows`, for fewer still,
+    splits by itself). The kernel that reads the product adds the parts up, which costs it next to nothing."""
     return PARTS if 128 <= rows <= 512 else 1
 
 
-def product(h, w):
-    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several."""
+def product(h, w, *, few: bool = False, interpret=False):
+    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several.
+    few: by the kernel for up to FEW rows, which takes one part and may return several."""
     parts, _, k = h.shape
+    if few:
+        return few_rows(h[0], w, interpret=interpret)
     if parts == 1:
         return (h[0] @ w)[None]
     return jnp.einsum("prk,pkn->prn", h, w.reshape(parts, k, -1), preferred_element_type=jnp.float32)
 
 
+def gated(h, w, *, few: bool = False, interpret=False):
+    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k]; w: [k, 2 f] → [rows, f]. few: as
+    for `product`; the activation is then no kernel of its own."""
+    if few:
+        return few_rows(h, w, gated=True, interpret=interpret)[0]
+    return swiglu(*jnp.split(h @ w, 2, axis=-1))
+
+
 def split(h, parts: int):
     """[rows, k] → [parts, rows, k / parts]"""
     return h.reshape(h.shape[0], parts, -1).swapaxes(0, 1)
+
+
+def tiling(rows: int, k: int, n: int, gated=False, *, tile=None, block=None, splits=None, num_stages=None) -> dict:
+    """How `few_rows` shares out h [rows, k] @ w [k, n], or [k, 2 n], where it is left open: columns of a program, how
+    much of k it takes at a time, parts of k, blocks on their way. All programs run at once, two on a multiprocessor."""
+    tile, block = tile or 64, block or 64
+    blocks = pl.cdiv(k, block)
+    most = 1 if gated else max(1, min(PROGRAMS // pl.cdiv(n, tile), k // LEAST_K))
+    splits = splits or pl.cdiv(blocks, pl.cdiv(blocks, most))  # none is empty
+    staged = 2 * block * (_padded(rows) + (2 if gated else 1) * tile)  # bytes, in bfloat16
+    num_stages = num_stages or max(2, min(8, STAGED // staged))
+    return {"tile": tile, "block": block, "splits": splits, "num_stages": num_stages}
+
+
+def _padded(rows: int) -> int:
+    return max(QUERIES, pl.next_power_of_2(rows))
+
+
+@partial(jax.jit, static_argnames=("gated", "tile", "block", "splits", "num_warps", "num_stages", "interpret"))
+def few_rows(
+    h, w, *, gated=False, tile=None, block=None, splits=None, num_warps: int = 4, num_stages=None, interpret=False
+):
+    """h @ w for up to FEW rows: each program reads its columns of a part of w once, several blocks ahead of the tensor
+    cores. h: [rows, k]; w: [k, n] → [splits, rows, n], to be added; float32 if there are several, else of h's dtype.
+
+    gated: w is [k, 2 n], the columns of the gate and then of up, and the result their swiglu, [1, rows, n]. tile,
+    block, splits, num_stages: by default as `tiling` has them.
+    """
+    (rows, k), n = h.shape, w.shape[1] // (2 if gated else 1)
+    if rows > FEW:
+        raise ValueError(f"{rows} rows; the kernel takes {FEW}")
+    how = tiling(rows, k, n, gated, tile=tile, block=block, splits=splits, num_stages=num_stages)
+    tile, block, splits, num_stages = how.values()
+    if gated and splits > 1:
+        raise ValueError("swiglu needs whole sums")
+    return pl.pallas_call(
+        partial(_few_rows_kernel, tile=tile, block=block, each=pl.cdiv(pl.cdiv(k, block), splits), gated=gated),
+        grid=(pl.cdiv(n, tile), splits),
+        out_shape=jax.ShapeDtypeStruct((splits, rows, n), h.dtype if splits == 1 else jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name="gated_dot_few_rows" if gated else "dot_few_rows",
+    )(h, w)
+
+
+def _few_rows_kernel(h_ref, w_ref, out_ref, *, tile, block, each, gated):
+    (rows, k), n = h_ref.shape, out_ref.shape[2]
+    part = pl.program_id(1)
+    row = jnp.arange(_padded(rows))
+    column = pl.program_id(0) * tile + jnp.arange(tile)
+    starts = (0, n) if gated else (0,)  # of gate and up
+
+    def body(i, sums):
+        at = (part * each + i) * block + jnp.arange(block)
+        mask = (row < rows)[:, None] & (at < k)[None, :]
+        h = plgpu.load(h_ref.at[row[:, None], at[None, :]], mask=mask, other=0.0)
+        mask = (at < k)[:, None] & (column < n)[None, :]
+        w = (plgpu.load(w_ref.at[at[:, None], x + column[None, :]], mask=mask, other=0.0) for x in starts)
+        return tuple(total + plgpu.dot(h, x) for total, x in zip(sums, w, strict=True))
+
+    blocks = pl.cdiv(k, block)
+    count = each if blocks % each == 0 else jnp.minimum(each, blocks - part * each)
+    zero = jnp.zeros((row.size, tile), jnp.float32)
+    sums = jax.lax.fori_loop(0, count, body, (zero,) * len(starts))
+    if gated:
+        sums = [swiglu(*(x.astype(h_ref.dtype) for x in sums))]  # rounded before and after, as elsewhere
+    to = out_ref.at[part, row[:, None], column[None, :]]
+    plgpu.store(to, sums[0].astype(out_ref.dtype), mask=(row < rows)[:, None] & (column < n)[None, :])
 
 
 def _added(ref, row, column, there, dtype):
@@ -55,9 +142,14 @@ def _added(ref, row, column, there, dtype):
 
 # ---- attention -------------------------------------------------------------------------------------
 
+# In kernels, `lax.div` and `lax.rem` are not // and %, whose care for signs hides from the compiler what is contiguous.
+
 
 # Jitted, so that a kernel is traced once and not for every layer.
-@partial(jax.jit, static_argnames=("heads", "parts", "splits", "interpret"))
+@partial(
+    jax.jit,
+    static_argnames=("heads", "parts", "splits", "block", "num_warps", "num_stages", "ahead", "interpret"),
+)
 def attend(
     qkv,
     bias,
@@ -70,6 +162,10 @@ def attend(
     heads: int,
     parts: int = 1,
     splits=None,
+    block=None,
+    num_warps: int = 2,
+    num_stages: int = 3,
+    ahead: bool = True,
     interpret=False,
 ):
     """One new token of every slot: rotate its query and key, append key and value, attend to all up to itself.
@@ -78,14 +174,16 @@ def attend(
     columns; rope: cos and sin, [slots, head_dim / 2] float32; position: [slots] int32, the new token's, or -1 for an
     idle slot, which writes nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size,
     head_dim], updated in place. → ([parts, slots, heads * head_dim / parts], keys, values). A slot's positions are
-    shared out over `splits` programs, by default as many as keep a whole chip busy.
+    shared out over `splits` programs, by default as many as keep a whole chip busy; each reads `block` positions at a
+    time. ahead: which pages the next block is on is read while a block is worked on, so that its keys and values can
+    be asked for at once.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
     slots, group = qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
-    block = 64 if slots * kv_heads >= 1024 else 32
+    block = block or (64 if slots * kv_heads >= 1024 else 32)
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
@@ -95,6 +193,7 @@ def attend(
         page_size=page_size,
         block=block,
         splits=splits,
+        ahead=ahead,
     )
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((parts, slots, heads * head_dim // parts), bias.dtype)]
@@ -110,7 +209,7 @@ def attend(
         grid=(slots, kv_heads, splits),
         out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
         input_output_aliases={6: n, 7: n + 1},
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="attend_pages",
     )(position, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
@@ -141,15 +240,17 @@ def _attend_kernel(
     page_size,
     block,
     splits,
+    ahead,
 ):
     *out_refs, keys_ref, values_ref = out_refs
     slot, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, half = heads // kv_heads, head_dim // 2
     position = position_ref[slot]
     column = jnp.arange(head_dim)
-    turned = (column + half) % head_dim  # the other coordinate of each pair
-    cos = plgpu.load(cos_ref.at[slot, column % half])
-    sin = plgpu.load(sin_ref.at[slot, column % half]) * jnp.where(column < half, -1.0, 1.0)
+    turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
+    angle = jax.lax.rem(column, half)
+    cos = plgpu.load(cos_ref.at[slot, angle])
+    sin = plgpu.load(sin_ref.at[slot, angle]) * jnp.where(column < half, -1.0, 1.0)
 
     def biased(at, mask):
         return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
@@ -184,12 +285,19 @@ def _attend_kernel(
     each = pl.cdiv(blocks, splits)
     first_block = part * each
 
+    def positions(i):
+        return (first_block + i) * block + jnp.arange(block)
+
+    def pages(i):
+        index = positions(i)
+        return plgpu.load(table_ref.at[slot, jax.lax.div(index, page_size)], mask=index < position, other=0)
+
     def body(i, carry):
-        most, total, out = carry
-        index = (first_block + i) * block + jnp.arange(block)
+        most, total, out, *page = carry
+        page = page[0] if ahead else pages(i)
+        index = positions(i)
         filled = index < position
-        page = plgpu.load(table_ref.at[slot, index // page_size], mask=filled, other=0)
-        at = (page * page_size + index % page_size)[:, None]
+        at = (page * page_size + jax.lax.rem(index, page_size))[:, None]
         k = plgpu.load(keys_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
         v = plgpu.load(values_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
         score = jnp.where(filled[None, :], plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [QUERIES, block]
@@ -197,15 +305,16 @@ def _attend_kernel(
         shrink, weight = jnp.exp2(most - new_most), jnp.exp2(score - new_most[:, None])
         total = total * shrink + weight.sum(axis=1)
         out = out * shrink[:, None] + plgpu.dot(weight.astype(v.dtype), v)
-        return new_most, total, out
+        return new_most, total, out, *([pages(i + 1)] if ahead else [])
 
     count = jnp.clip(blocks - first_block, 0, each)
-    most, total, out = jax.lax.fori_loop(0, count, body, (most, total, out))
+    carry = most, total, out, *([pages(0)] if ahead else [])
+    most, total, out, *_ = jax.lax.fori_loop(0, count, body, carry)
     to = start + column[None, :]
     if splits == 1:
         width = out_refs[0].shape[2]
         out = (out / total[:, None]).astype(out_refs[0].dtype)
-        plgpu.store(out_refs[0].at[to // width, slot, to % width], out, mask=mine)
+        plgpu.store(out_refs[0].at[jax.lax.div(to, width), slot, jax.lax.rem(to, width)], out, mask=mine)
     else:
         plgpu.store(out_refs[0].at[part, slot, to], out, mask=mine)
         for ref, x in zip(out_refs[1:], (most, total), strict=True):
@@ -215,16 +324,17 @@ def _attend_kernel(
 # ---- residual stream -------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("eps", "parts", "interpret"))
-def add_norm(x, y, weight, eps: float, *, parts: int = 1, interpret=False):
+@partial(jax.jit, static_argnames=("eps", "parts", "num_warps", "interpret"))
+def add_norm(x, y, weight, eps: float, *, parts: int = 1, num_warps=None, interpret=False):
     """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be
     added up; weight: [hidden]. → [rows, hidden], [parts, rows, hidden / parts]"""
     rows, hidden = x.shape
+    num_warps = num_warps or (16 if rows <= FEW else 4)  # few rows have many parts: all should be on their way at once
     return pl.pallas_call(
         partial(_add_norm_kernel, hidden=hidden, eps=eps),
         grid=(rows,),
         out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, (parts, rows, hidden // parts))],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="add_norm",
     )(x, y, weight)
@@ -241,7 +351,7 @@ def _add_norm_kernel(x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps
     scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
     width = norm_ref.shape[2]
     norm = (x * scale * weight).astype(norm_ref.dtype)
-    plgpu.store(norm_ref.at[column // width, row, column % width], norm, mask=there)
+    plgpu.store(norm_ref.at[jax.lax.div(column, width), row, jax.lax.rem(column, width)], norm, mask=there)
 
 
 # ---- the draw --------------------------------------------------------------------------------------

@@ -1,0 +1,319 @@
+"""The sampler's kernels one by one: python tools/bench_kernels.py --what products attend --rows 16 64 [--json FILE]
+
+  products  a layer's four matrix products, as `gpu.product` and `gpu.gated` have them above FEW rows (cuBLAS) and by
+            `gpu.few_rows` in several ways
+  attend    `gpu.attend` at some (slots, positions), in several ways
+  norm      `gpu.add_norm`, by the number of parts that it adds up
+  step      `decoder.step` at `--rows` slots and 420 positions, without what is new and with it
+
+Each is run for as many layers as don't fit the chip's cache, in a loop on the device, and compared to its floor: the
+bytes that it must read once over the bandwidth of a copy here (workloads.chip), for a product of many rows also its
+FLOPs. Where a way doesn't compile, its error is shown and the next one run. The ways of all shapes take turns, those
+that matter most first, until `--seconds` are over. Without a GPU: tiny sizes, step by step, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import workloads
+
+from rlvd_jax.qwen2.layers import rope_table
+from rlvd_jax.sampling import cache, decoder, gpu
+
+INTERPRET = jax.default_backend() != "gpu"
+CACHED = 2**16 if INTERPRET else 2**28  # bytes that no cache of the chip holds
+LOOPS = 1 if INTERPRET else 50
+SHARED = 96  # positions of the prompt, which all slots share
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500)]
+
+ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
+IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
+ATTEND = [  # the first is how it was
+    {"ahead": False},
+    {},
+    {"block": 32, "num_stages": 2},
+    {"block": 32},
+    {"block": 32, "num_stages": 4},
+    {"block": 64, "num_stages": 2},
+    {"block": 64},
+    {"block": 64, "num_warps": 4},
+    {"block": 128, "num_warps": 4, "num_stages": 2},
+    {"block": 32, "num_warps": 1},
+]
+
+
+def shape(name: str):
+    c = workloads.shape("1.5B" if name == "tiny" else name)
+    if name == "tiny":
+        small = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+        c = type(c)(**(vars(c) | small | {"num_attention_heads": 4, "head_dim": 32}))
+    return c
+
+
+def normal(i: int, *shape):
+    return _normal(i, shape)
+
+
+@partial(jax.jit, static_argnums=1)
+def _normal(i, shape):
+    return 0.02 * jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+
+
+def copies(size: float, least: int, most: int) -> int:
+    """Of how many layers' data to run, if that of one is so many bytes."""
+    return max(least, min(most, math.ceil(CACHED / size)))
+
+
+def looped(calls, fixed, h, layers=()) -> float:
+    """Seconds of calls(fixed, h, layers) → (layers, results), the best of three times LOOPS in one program."""
+
+    @partial(jax.jit, donate_argnums=2)
+    def run(fixed, h, layers):
+        def body(_, carry):
+            h, layers, seen = carry
+            layers, results = calls(fixed, h, layers)
+            h, results = jax.lax.optimization_barrier((h, results))  # all of them are made, and anew each time
+            return h, layers, seen + sum(x.ravel()[0].astype(jnp.float32) for x in results)
+
+        return jax.lax.fori_loop(0, LOOPS, body, (h, layers, jnp.float32(0)))[1:]
+
+    layers, _ = jax.block_until_ready(run(fixed, h, layers))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        layers, _ = jax.block_until_ready(run(fixed, h, layers))
+        times.append((time.perf_counter() - start) / LOOPS)
+    return min(times)
+
+
+class Case:
+    """What is run in several ways: its name, the bytes and FLOPs that it can't do without."""
+
+    def __init__(self, name: str, bytes_: float, flops: float = 0.0):
+        self.name, self.bytes, self.flops = name, bytes_, flops
+
+    def ways(self) -> list[dict]:
+        raise NotImplementedError
+
+    def run(self, way: dict) -> float:
+        """Seconds of a call."""
+        raise NotImplementedError
+
+
+class Product(Case):
+    def __init__(self, c, name: str, rows: int):
+        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.k, self.n = {
+            "qkv": (c.hidden_size, heads + 2 * kv),
+            "o": (heads, c.hidden_size),
+            "gate_up": (c.hidden_size, 2 * c.intermediate_size),
+            "down": (c.intermediate_size, c.hidden_size),
+        }[name]
+        super().__init__(f"{name} × {rows} rows", 2 * self.k * self.n, 2 * rows * self.k * self.n)
+        self.rows, self.gated, self.weights = rows, name == "gate_up", None
+
+    def ways(self) -> list[dict]:
+        if self.rows > gpu.FEW:
+            return [{"few": False}]
+        return [{"few": False}, {}, *(ONE_PART if self.gated else IN_PARTS)]
+
+    def how(self, way: dict) -> dict:
+        """The arguments of `few_rows`; "more": times the parts of as many columns as usual."""
+        way = dict(way)
+        more = way.pop("more", None)
+        if more:
+            way["splits"] = max(1, round(more * gpu.tiling(self.rows, self.k, self.n)["splits"]))
+        return way
+
+    def run(self, way: dict) -> float:
+        if self.weights is None:
+            number = copies(self.bytes, 8, 28)
+            self.weights = [normal(i, self.k, self.n) for i in range(number)]
+
+        def call(h, w):
+            if way.get("few", True):
+                return gpu.few_rows(h, w, gated=self.gated, interpret=INTERPRET, **self.how(way))
+            return gpu.gated(h, w) if self.gated else gpu.product(gpu.split(h, gpu.parts_of(self.rows)), w)
+
+        def calls(weights, h, _):
+            return (), [call(h, w) for w in weights]
+
+        return looped(calls, self.weights, normal(99, self.rows, self.k)) / len(self.weights)
+
+
+class Attend(Case):
+    def __init__(self, c, slots: int, positions: int):
+        self.c, self.slots, self.positions = c, slots, positions
+        shared = min(SHARED, positions)
+        super().__init__(
+            f"attend {slots} × {positions}",
+            c.cache_bytes(2) / c.num_hidden_layers * (slots * (positions - shared) + shared),
+        )
+
+    def ways(self) -> list[dict]:
+        return [way for way in ATTEND if way != {"block": 64 if self.slots >= 512 else 32}]  # which is the default
+
+    def run(self, way: dict) -> float:
+        c, size = self.c, cache.page_size("gpu")
+        pages, shared = -(-(self.positions + 1) // size), min(SHARED, self.positions) // size
+        own = shared + np.arange(self.slots * (pages - shared)).reshape(self.slots, -1)
+        table = np.concatenate([np.tile(np.arange(shared), (self.slots, 1)), own], axis=1)
+        room = c.num_key_value_heads, shared + own.size, size, c.head_dim
+        position = jnp.full(self.slots, self.positions, jnp.int32)
+        columns = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        parts = gpu.tiling(self.slots, c.hidden_size, columns)["splits"] if self.slots <= gpu.FEW else 1
+        qkv = normal(98, parts, self.slots, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
+        rope = rope_table(position, c.head_dim, c.rope_theta)
+        fixed = normal(97, columns), rope, position, jnp.asarray(table, jnp.int32)
+        number = copies(self.bytes, 2, 8)
+        how = {"heads": c.num_attention_heads, "interpret": INTERPRET, **way}
+
+        def calls(fixed, qkv, layers):
+            results, new = [], []
+            for layer in layers:
+                out, *layer = gpu.attend(qkv, *fixed, *layer, **how)
+                results.append(out)
+                new.append(layer)
+            return new, results
+
+        layers = [[normal(2 * i, *room), normal(2 * i + 1, *room)] for i in range(number)]
+        return looped(calls, fixed, qkv, layers) / number
+
+
+class Norm(Case):
+    def __init__(self, c, rows: int):
+        self.c, self.rows = c, rows
+        super().__init__(f"add_norm × {rows} rows", 6 * rows * c.hidden_size)
+
+    def ways(self) -> list[dict]:
+        return [{"parts": parts, "num_warps": warps} for parts in (1, 4, 10) for warps in (4, 16)]
+
+    def run(self, way: dict) -> float:
+        hidden, dtype = self.c.hidden_size, jnp.bfloat16 if way["parts"] == 1 else jnp.float32
+
+        def calls(fixed, x, _):  # one after the other, as in a step
+            for _ in range(8):
+                x, _ = gpu.add_norm(x, *fixed, 1e-6, num_warps=way["num_warps"], interpret=INTERPRET)
+            return (), [x]
+
+        fixed = normal(1, way["parts"], self.rows, hidden).astype(dtype), normal(2, hidden)
+        return looped(calls, fixed, normal(0, self.rows, hidden)) / 8
+
+
+class Step(Case):
+    def __init__(self, c, slots: int, positions: int):
+        self.c, self.slots, self.positions = c, slots, positions
+        embedding = 2 * c.vocab_size * c.hidden_size  # read for the logits, which are not made here
+        super().__init__(
+            f"step {slots} × {positions}", 2 * c.parameters - embedding + slots * positions * c.cache_bytes(2)
+        )
+
+    def ways(self) -> list[dict]:
+        return [{"few": few, "ahead": ahead} for few in (False, True) for ahead in (False, True)]
+
+    def run(self, way: dict) -> float:
+        c, layout = self.c, "interpret" if INTERPRET else "gpu"
+        size = cache.page_size(layout)
+        pages = -(-(self.positions + 1) // size)
+        table = jnp.arange(self.slots * pages, dtype=jnp.int32).reshape(self.slots, pages)
+        (room, _) = cache.shapes(c, layout, c.num_key_value_heads, self.slots, self.slots * pages)
+        position = jnp.full(self.slots, self.positions, jnp.int32)
+        place = cache.Place(position, jnp.ones(self.slots, bool), table, self.positions + 1)
+        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        shapes = {
+            "qkv": (c.hidden_size, heads + 2 * kv),
+            "qkv_bias": (heads + 2 * kv,),
+            "o": (heads, c.hidden_size),
+            "gate_up": (c.hidden_size, 2 * c.intermediate_size),
+            "down": (c.intermediate_size, c.hidden_size),
+            "input_norm": (c.hidden_size,),
+            "post_norm": (c.hidden_size,),
+        }
+
+        each = [{name: normal(i, *s) for name, s in shapes.items()} for i in range(c.num_hidden_layers)]
+        weights = {"layers": each, "embedding": normal(1, 64, c.hidden_size), "final_norm": normal(2, c.hidden_size)}
+        layers = [(normal(3, *room), normal(4, *room)) for _ in each]
+
+        def calls(weights, tokens, layers):
+            layers, hidden = decoder.step(c, 1, layout, weights, layers, tokens, place)
+            return layers, [hidden]
+
+        jax.clear_caches()  # kernels that were traced with another FEW
+        with (
+            mock.patch.object(gpu, "FEW", gpu.FEW if way["few"] else 0),
+            mock.patch.object(gpu, "attend", partial(gpu.attend, ahead=way["ahead"])),
+        ):
+            return looped(calls, weights, jnp.arange(self.slots, dtype=jnp.int32) % 64, layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ("products", "attend", "norm", "step")
+    parser.add_argument("--what", nargs="+", default=kinds[:3], choices=kinds)
+    parser.add_argument("--shape", default="tiny" if INTERPRET else "1.5B", choices=("tiny", "0.5B", "1.5B", "3B"))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--products", nargs="+", default=PRODUCTS, choices=PRODUCTS)
+    parser.add_argument("--at", nargs="+", help="of attend, such as 1024x420")
+    parser.add_argument("--seconds", type=float, default=90, help="after which no way is begun any more")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    bytes_per_s, flops_per_s = workloads.chip()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: ", end="")
+    print(f"copy {bytes_per_s / 1e12:.2f} TB/s, bfloat16 product {flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
+    c = shape(args.shape)
+    at = [tuple(map(int, x.split("x"))) for x in args.at] if args.at else AT
+    cases: list[Case] = []
+    if "step" in args.what:
+        cases += [Step(c, rows, 40 if INTERPRET else 420) for rows in args.rows]
+    if "products" in args.what:
+        cases += [Product(c, name, rows) for rows in args.rows for name in args.products]
+    if "attend" in args.what:
+        cases += [Attend(c, *x) for x in at]
+    if "norm" in args.what:
+        cases += [Norm(c, rows) for rows in args.rows]
+    results, begun, left_out = [], time.perf_counter(), 0
+    turns = [(i, case, way) for case in cases for i, way in enumerate(case.ways())]
+    for _, case, way in sorted(turns, key=lambda turn: turn[0]):
+        if time.perf_counter() - begun > args.seconds:
+            left_out += 1
+            continue
+        start = time.perf_counter()
+        try:
+            seconds = case.run(way)
+        except Exception as error:  # too much shared memory, or what the compiler can't do
+            print(f"{case.name:22} {way}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            results.append({"case": case.name, "way": way, "error": str(error)})
+            continue
+        floor = max(case.bytes / bytes_per_s, case.flops / flops_per_s)
+        result = {"case": case.name, "way": way, "us": 1e6 * seconds, "share": floor / seconds}
+        result |= {"tb_per_s": case.bytes / seconds / 1e12, "took": time.perf_counter() - start}
+        results.append(result)
+        print(
+            f"{case.name:22} {result['us']:8.2f} µs {result['tb_per_s']:6.2f} TB/s {result['share']:4.0%} of the floor"
+            f"  {way}  ({result['took']:.1f} s)",
+            flush=True,
+        )
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+    print(f"\n{left_out} ways not begun in {args.seconds:.0f} s. The first way, and the best:")
+    for case in cases:
+        found = [r for r in results if r["case"] == case.name and "us" in r]
+        if found:
+            first, best = found[0], min(found, key=lambda r: r["us"])
+            print(f"{case.name:22} {first['us']:8.2f} {first['way']} → {best['us']:8.2f} µs {best['way']}")
+
+
+if __name__ == "__main__":
+    main()
