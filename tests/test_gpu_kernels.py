@@ -44,8 +44,7 @@ def attended(qkv, bias, rope, position, table, keys, values, heads):
     "heads, kv_heads, dim, parts, splits, how",
     [
         (12, 2, 128, 1, 1, {}),
-        (14, 2, 64, 2, 1, {"ahead": False}),
-        (12, 2, 128, 4, 3, {"ahead": False}),
+        (14, 2, 64, 2, 1, {}),
         (12, 2, 128, 4, 3, {}),
         (14, 2, 64, 2, 2, {"block": 16, "num_warps": 4, "num_stages": 4}),
         (16, 2, 128, 1, None, {}),

@@ -4,7 +4,7 @@
             `gpu.few_rows` in several ways
   attend    `gpu.attend` at some (slots, positions), in several ways
   norm      `gpu.add_norm`, by the number of parts that it adds up
-  step      `decoder.step` at `--rows` slots and 420 positions, without what is new and with it
+  step      `decoder.step` at `--rows` slots and 420 positions, without `gpu.few_rows` and with it
 
 Each is run for as many layers as don't fit the chip's cache, in a loop on the device, and compared to its floor: the
 bytes that it must read once over the bandwidth of a copy here (workloads.chip), for a product of many rows also its
@@ -39,17 +39,14 @@ AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500
 
 ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
 IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
-ATTEND = [  # the first is how it was
-    {"ahead": False},
+ATTEND = [  # the first is how it is
     {},
-    {"block": 32, "num_stages": 2},
-    {"block": 32},
-    {"block": 32, "num_stages": 4},
-    {"block": 64, "num_stages": 2},
+    {"num_stages": 2},
+    {"num_stages": 4},
+    {"num_warps": 2},
     {"block": 64},
-    {"block": 64, "num_warps": 4},
-    {"block": 128, "num_warps": 4, "num_stages": 2},
-    {"block": 32, "num_warps": 1},
+    {"block": 64, "num_warps": 2},
+    {"block": 64, "num_warps": 2, "num_stages": 2},
 ]
 
 
@@ -162,7 +159,7 @@ class Attend(Case):
         )
 
     def ways(self) -> list[dict]:
-        return [way for way in ATTEND if way != {"block": 64 if self.slots >= 512 else 32}]  # which is the default
+        return ATTEND
 
     def run(self, way: dict) -> float:
         c, size = self.c, cache.page_size("gpu")
@@ -220,7 +217,7 @@ class Step(Case):
         )
 
     def ways(self) -> list[dict]:
-        return [{"few": few, "ahead": ahead} for few in (False, True) for ahead in (False, True)]
+        return [{"few": False}, {"few": True}]
 
     def run(self, way: dict) -> float:
         c, layout = self.c, "interpret" if INTERPRET else "gpu"
@@ -250,10 +247,7 @@ class Step(Case):
             return layers, [hidden]
 
         jax.clear_caches()  # kernels that were traced with another FEW
-        with (
-            mock.patch.object(gpu, "FEW", gpu.FEW if way["few"] else 0),
-            mock.patch.object(gpu, "attend", partial(gpu.attend, ahead=way["ahead"])),
-        ):
+        with mock.patch.object(gpu, "FEW", gpu.FEW if way["few"] else 0):
             return looped(calls, weights, jnp.arange(self.slots, dtype=jnp.int32) % 64, layers)
 
 

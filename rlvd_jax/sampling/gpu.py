@@ -25,7 +25,7 @@ QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = 128  # tokens of the vocabulary that share a maximum
 PARTS = 4  # that a small batch's matrix products are split into
-PROGRAMS = 256  # of a product of few rows, at most
+PROGRAMS = 128  # of a product of few rows, at most
 LEAST_K = 384  # numbers that each of such a product's parts adds up, at least
 STAGED = 96 * 1024  # bytes of shared memory of a program, at most: a multiprocessor has 228 KiB
 FEW = 64  # up to so many rows, products are bound by reading the weights, and have a kernel of their own
@@ -148,7 +148,7 @@ def _added(ref, row, column, there, dtype):
 # Jitted, so that a kernel is traced once and not for every layer.
 @partial(
     jax.jit,
-    static_argnames=("heads", "parts", "splits", "block", "num_warps", "num_stages", "ahead", "interpret"),
+    static_argnames=("heads", "parts", "splits", "block", "num_warps", "num_stages", "interpret"),
 )
 def attend(
     qkv,
@@ -162,10 +162,9 @@ def attend(
     heads: int,
     parts: int = 1,
     splits=None,
-    block=None,
-    num_warps: int = 2,
+    block: int = 32,
+    num_warps: int = 1,
     num_stages: int = 3,
-    ahead: bool = True,
     interpret=False,
 ):
     """One new token of every slot: rotate its query and key, append key and value, attend to all up to itself.
@@ -175,15 +174,13 @@ def attend(
     idle slot, which writes nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size,
     head_dim], updated in place. → ([parts, slots, heads * head_dim / parts], keys, values). A slot's positions are
     shared out over `splits` programs, by default as many as keep a whole chip busy; each reads `block` positions at a
-    time. ahead: which pages the next block is on is read while a block is worked on, so that its keys and values can
-    be asked for at once.
+    time.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
     slots, group = qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
-    block = block or (64 if slots * kv_heads >= 1024 else 32)
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
@@ -193,7 +190,6 @@ def attend(
         page_size=page_size,
         block=block,
         splits=splits,
-        ahead=ahead,
     )
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((parts, slots, heads * head_dim // parts), bias.dtype)]
@@ -240,7 +236,6 @@ def _attend_kernel(
     page_size,
     block,
     splits,
-    ahead,
 ):
     *out_refs, keys_ref, values_ref = out_refs
     slot, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -293,8 +288,7 @@ def _attend_kernel(
         return plgpu.load(table_ref.at[slot, jax.lax.div(index, page_size)], mask=index < position, other=0)
 
     def body(i, carry):
-        most, total, out, *page = carry
-        page = page[0] if ahead else pages(i)
+        most, total, out, page = carry  # the page was asked for a block ago, so that keys and values can be at once
         index = positions(i)
         filled = index < position
         at = (page * page_size + jax.lax.rem(index, page_size))[:, None]
@@ -305,11 +299,10 @@ def _attend_kernel(
         shrink, weight = jnp.exp2(most - new_most), jnp.exp2(score - new_most[:, None])
         total = total * shrink + weight.sum(axis=1)
         out = out * shrink[:, None] + plgpu.dot(weight.astype(v.dtype), v)
-        return new_most, total, out, *([pages(i + 1)] if ahead else [])
+        return new_most, total, out, pages(i + 1)
 
     count = jnp.clip(blocks - first_block, 0, each)
-    carry = most, total, out, *([pages(0)] if ahead else [])
-    most, total, out, *_ = jax.lax.fori_loop(0, count, body, carry)
+    most, total, out, _ = jax.lax.fori_loop(0, count, body, (most, total, out, pages(0)))
     to = start + column[None, :]
     if splits == 1:
         width = out_refs[0].shape[2]
