@@ -32,11 +32,13 @@ TPU_TABLE = 2**17  # entries of the table that it takes: half of the 1 MiB of me
 class Place(NamedTuple):
     """Where the newest token of each slot goes."""
 
-    position: jax.Array  # [slots] int32
+    position: jax.Array  # [slots] int32, of the first of several
     live: jax.Array  # [slots] bool: what the others write is lost
     table: jax.Array  # [slots, pages of a slot] int32; `plain`: not used
     span: int  # `plain`: no position at or beyond it is filled
     cores: int = 1  # of a TPU's chip, which work as one device
+    fresh: int = 1  # new tokens of each slot, one after the other from `position` on; several for the GPU's kernel only
+    room: jax.Array | None = None  # [slots] int32, how many of several may be written
 
 
 def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
@@ -95,16 +97,17 @@ def insert(layer, layout: Layout, prompt_layer, source, to):
 
 
 def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place, parts: int = 1):
-    """Write the newest key and value of each slot, and attend to all there is up to it.
+    """Write the newest keys and values of each slot, and attend to all there is up to each.
 
-    qkv: [slots, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions. → (the layer's cache, [slots, heads * head_dim]). For the GPU's kernel both have a leading axis of parts,
-    the result `parts` of them, see `gpu.product`.
+    qkv: [slots * fresh, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
+    positions. → (the layer's cache, [slots * fresh, heads * head_dim]). For the GPU's kernel both have a leading axis
+    of parts, the result `parts` of them, see `gpu.product`.
     """
     keys, values = layer
     if layout in ("gpu", "interpret"):
         position = jnp.where(place.live, place.position, -1)
-        how = {"heads": heads, "parts": parts, "interpret": layout == "interpret"}
+        how = {"heads": heads, "fresh": place.fresh, "room": place.room, "parts": parts}
+        how["interpret"] = layout == "interpret"
         out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, **how)
         return tuple(layer), out
     slots = qkv.shape[0]

@@ -194,11 +194,13 @@ def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, 
 
 
 def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place):
-    """One token for every slot: write its key and value into the cache, attend to what is there.
+    """One token for every slot, or `place.fresh` in a row: write keys and values into the cache, attend to what is
+    there.
 
-    layers: the cache (cache.py); tokens: [slots] int32. → (cache, hidden states [slots, hidden]).
+    layers: the cache (cache.py); tokens: [slots * fresh] int32. → (cache, hidden states [slots * fresh, hidden]).
     """
-    rope = rope_table(place.position, c.head_dim, c.rope_theta)
+    position = (place.position[:, None] + jnp.arange(place.fresh, dtype=jnp.int32)).reshape(-1)
+    rope = rope_table(position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
     x = weights["embedding"][tokens]
     new = []

@@ -148,7 +148,7 @@ def _added(ref, row, column, there, dtype):
 # Jitted, so that a kernel is traced once and not for every layer.
 @partial(
     jax.jit,
-    static_argnames=("heads", "parts", "splits", "block", "num_warps", "num_stages", "interpret"),
+    static_argnames=("heads", "fresh", "parts", "splits", "block", "num_warps", "num_stages", "interpret"),
 )
 def attend(
     qkv,
@@ -160,6 +160,8 @@ def attend(
     values,
     *,
     heads: int,
+    fresh: int = 1,
+    room=None,
     parts: int = 1,
     splits=None,
     block: int = 32,
@@ -167,17 +169,19 @@ def attend(
     num_stages: int = 3,
     interpret=False,
 ):
-    """One new token of every slot: rotate its query and key, append key and value, attend to all up to itself.
+    """`fresh` new tokens of every slot: rotate their queries and keys, append keys and values, attend each to all up to
+    itself.
 
-    qkv: [parts, slots, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation; bias: of qkv's
-    columns; rope: cos and sin, [slots, head_dim / 2] float32; position: [slots] int32, the new token's, or -1 for an
-    idle slot, which writes nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size,
-    head_dim], updated in place. → ([parts, slots, heads * head_dim / parts], keys, values). A slot's positions are
-    shared out over `splits` programs, by default as many as keep a whole chip busy; each reads `block` positions at a
-    time.
+    qkv: [parts, slots * fresh, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation, a slot's
+    tokens one after the other; bias: of qkv's columns; rope: cos and sin, [slots * fresh, head_dim / 2] float32;
+    position: [slots] int32, the first new token's, or -1 for an idle slot, which writes nothing; table: [slots, pages
+    of a slot] int32; keys, values: [kv_heads, pages, page_size, head_dim], updated in place; room: [slots] int32, how
+    many of several new tokens are written, at least 1. → ([parts, slots * fresh, heads * head_dim / parts], keys,
+    values). A slot's positions are shared out over `splits` programs, by default as many as keep a whole chip busy;
+    each reads `block` positions at a time.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
-    slots, group = qkv.shape[1], heads // kv_heads
+    slots, rows, group = position.size, qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
@@ -188,40 +192,42 @@ def attend(
         kv_heads=kv_heads,
         head_dim=head_dim,
         page_size=page_size,
+        fresh=fresh,
         block=block,
         splits=splits,
     )
     if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct((parts, slots, heads * head_dim // parts), bias.dtype)]
+        out_shape = [jax.ShapeDtypeStruct((parts, rows, heads * head_dim // parts), bias.dtype)]
     else:
         out_shape = [
-            jax.ShapeDtypeStruct((splits, slots, heads * head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((splits, slots, heads), jnp.float32),
-            jax.ShapeDtypeStruct((splits, slots, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, rows, heads * head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
         ]
     n = len(out_shape)
     *out, keys, values = pl.pallas_call(
         kernel,
         grid=(slots, kv_heads, splits),
         out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
-        input_output_aliases={6: n, 7: n + 1},
+        input_output_aliases={7: n, 8: n + 1},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="attend_pages",
-    )(position, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
+    )(position, position if room is None else room, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
     shape = kv_heads, pages, page_size, head_dim
     if splits > 1:
         part, most, total = out
         share = jnp.exp2(most - most.max(axis=0))
-        total = (share * total).sum(axis=0)  # [slots, heads]
-        part = part.reshape(splits, slots, heads, head_dim)
-        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(slots, -1)
+        total = (share * total).sum(axis=0)  # [rows, heads]
+        part = part.reshape(splits, rows, heads, head_dim)
+        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(rows, -1)
         out = [split(out.astype(bias.dtype), parts)]
     return out[0], keys.reshape(shape), values.reshape(shape)
 
 
 def _attend_kernel(
     position_ref,
+    room_ref,
     table_ref,
     cos_ref,
     sin_ref,
@@ -234,6 +240,7 @@ def _attend_kernel(
     kv_heads,
     head_dim,
     page_size,
+    fresh,
     block,
     splits,
 ):
@@ -244,37 +251,58 @@ def _attend_kernel(
     column = jnp.arange(head_dim)
     turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
     angle = jax.lax.rem(column, half)
-    cos = plgpu.load(cos_ref.at[slot, angle])
-    sin = plgpu.load(sin_ref.at[slot, angle]) * jnp.where(column < half, -1.0, 1.0)
+    sign = jnp.where(column < half, -1.0, 1.0)
 
-    def biased(at, mask):
-        return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+    def biased(token, at, mask):
+        return _added(qkv_ref, token, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
 
-    def rotated(at, turned_at, mask):
-        a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
-        return (a * cos + b * sin).astype(bias_ref.dtype)
+    def rotated(token, at, turned_at, turn, mask):
+        a, b = (biased(token, x, mask).astype(jnp.float32) for x in (at, turned_at))
+        return (a * turn[0] + b * turn[1]).astype(bias_ref.dtype)
 
-    row = jnp.arange(QUERIES)
-    mine = (row < group)[:, None] & (column >= 0)[None, :]
-    start = ((head * group + row) * head_dim)[:, None]
-    q = rotated(start + column[None, :], start + turned[None, :], mine)  # [QUERIES, head_dim]
-    first = (heads + head) * head_dim
-    new_k = rotated(first + column, first + turned, column >= 0)
-    new_v = biased(first + kv_heads * head_dim + column, column >= 0)
+    tokens = [slot * fresh + i for i in range(fresh)]
+    turns = [(plgpu.load(cos_ref.at[i, angle]), plgpu.load(sin_ref.at[i, angle]) * sign) for i in tokens]
 
-    # Scores are kept as powers of 2. The new token is in the first part's sums from the start.
+    # A row for each query head of each new token, the first token's first.
+    row = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh * group)))
+    nth, query = jax.lax.div(row, group), jax.lax.rem(row, group)
+    if fresh == 1:
+        token, query = slot, row  # what is past the group is masked
+    else:
+        token = (slot * fresh + nth)[:, None]
+    mine = (row < fresh * group)[:, None] & (column >= 0)[None, :]
+    start = ((head * group + query) * head_dim)[:, None]
+    turn = [x[None, :] for x in turns[0]]
+    for i in range(1, fresh):
+        turn = [jnp.where((nth == i)[:, None], new[None, :], x) for new, x in zip(turns[i], turn, strict=True)]
+    q = rotated(token, start + column[None, :], start + turned[None, :], turn, mine)  # [rows, head_dim]
+
+    # Scores are kept as powers of 2. The new tokens are in the first part's sums from the start.
     scale = head_dim**-0.5 * math.log2(math.e)
-    own = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
+    first = (heads + head) * head_dim
     here = part == 0
-    most = jnp.where(here, own, LEAST)
-    total = jnp.where(here, jnp.ones_like(own), 0.0)
-    out = jnp.where(here, jnp.broadcast_to(new_v.astype(jnp.float32)[None, :], (QUERIES, head_dim)), 0.0)
-
-    page = plgpu.load(table_ref.at[slot, jnp.maximum(position, 0) // page_size])
-    at = page * page_size + jnp.maximum(position, 0) % page_size
-    writes = (column >= 0) & (position >= 0) & here
-    plgpu.store(keys_ref.at[head, at, column], new_k.astype(keys_ref.dtype), mask=writes)
-    plgpu.store(values_ref.at[head, at, column], new_v.astype(values_ref.dtype), mask=writes)
+    scores, fresh_values = [], []
+    for i in range(fresh):
+        new_k = rotated(tokens[i], first + column, first + turned, turns[i], column >= 0)
+        new_v = biased(tokens[i], first + kv_heads * head_dim + column, column >= 0)
+        score = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
+        scores.append(jnp.where(here & (nth >= i), score, LEAST))
+        fresh_values.append(new_v.astype(jnp.float32))
+        to = jnp.maximum(position, 0) + i
+        writes = (column >= 0) & (position >= 0) & here
+        if i:
+            writes &= i < room_ref[slot]
+        page = plgpu.load(table_ref.at[slot, jnp.minimum(to // page_size, table_ref.shape[1] - 1)])
+        at = page * page_size + to % page_size
+        plgpu.store(keys_ref.at[head, at, column], new_k.astype(keys_ref.dtype), mask=writes)
+        plgpu.store(values_ref.at[head, at, column], new_v.astype(values_ref.dtype), mask=writes)
+    most = scores[0]
+    for score in scores[1:]:
+        most = jnp.maximum(most, score)
+    total, out = jnp.zeros_like(most), jnp.zeros(q.shape, jnp.float32)
+    for score, value in zip(scores, fresh_values, strict=True):
+        weight = jnp.where(score > LEAST, jnp.exp2(score - most), 0.0)
+        total, out = total + weight, out + weight[:, None] * value[None, :]
 
     blocks = pl.cdiv(jnp.maximum(position, 0), block)
     each = pl.cdiv(blocks, splits)
@@ -294,7 +322,7 @@ def _attend_kernel(
         at = (page * page_size + jax.lax.rem(index, page_size))[:, None]
         k = plgpu.load(keys_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
         v = plgpu.load(values_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
-        score = jnp.where(filled[None, :], plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [QUERIES, block]
+        score = jnp.where(filled[None, :], plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [rows, block]
         new_most = jnp.maximum(most, score.max(axis=1))
         shrink, weight = jnp.exp2(most - new_most), jnp.exp2(score - new_most[:, None])
         total = total * shrink + weight.sum(axis=1)
@@ -307,11 +335,13 @@ def _attend_kernel(
     if splits == 1:
         width = out_refs[0].shape[2]
         out = (out / total[:, None]).astype(out_refs[0].dtype)
-        plgpu.store(out_refs[0].at[jax.lax.div(to, width), slot, jax.lax.rem(to, width)], out, mask=mine)
+        at = out_refs[0].at[jax.lax.div(to, width), token, jax.lax.rem(to, width)]
+        plgpu.store(at, out, mask=mine)
     else:
-        plgpu.store(out_refs[0].at[part, slot, to], out, mask=mine)
+        plgpu.store(out_refs[0].at[part, token, to], out, mask=mine)
         for ref, x in zip(out_refs[1:], (most, total), strict=True):
-            plgpu.store(ref.at[part, slot, head * group + row], x, mask=row < group)
+            at = ref.at[part, slot * fresh + nth, head * group + query]
+            plgpu.store(at, x, mask=row < fresh * group)
 
 
 # ---- residual stream -------------------------------------------------------------------------------
