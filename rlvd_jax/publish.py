@@ -125,7 +125,7 @@ def describe(study: Study, name: str) -> dict:
     about = {
         "kind": "grpo" if model.grpo else "sft" if model.sft else "given",
         "template": study.config.template(name),
-        "sampling": study.sampling_identity(study.config.model_sampling(name)),
+        "sampling": study.config.model_sampling(name).identity(),
         "paper": model.paper,
         "identity": study.identity(name),
     }

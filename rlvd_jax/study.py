@@ -181,11 +181,11 @@ class Study:
             return common | {
                 "grpo": grpo.identity(aside | whole),
                 "problems": problem_sets.digest(self.problems(grpo.problems)),
-                "sampling": self.sampling_identity(c.model_sampling(model, grpo.sampling)),
+                "sampling": c.model_sampling(model, grpo.sampling).identity(),
                 "evaluation": grpo.evaluate_on
                 and [
                     problem_sets.digest(self.problems(grpo.evaluate_on)),
-                    self.sampling_identity(c.model_sampling(model, grpo.evaluate_sampling)),
+                    c.model_sampling(model, grpo.evaluate_sampling).identity(),
                 ],
             }
         sft = recipe.sft
@@ -203,11 +203,6 @@ class Study:
         directory = DEMO_MODELS.get(name) or hub.local(name)
         return fingerprint(directory) if directory else f"{name}@{hub.config_directory(name).name}"
 
-    @staticmethod
-    def sampling_identity(sampling) -> dict:
-        """The sampling settings that a response depends on."""
-        return sampling.model_dump(mode="json", exclude={"samples", "slots", "tensor"})
-
     def set_settings(self, model: str, problems: str) -> dict:
         """What identifies a response set (responses.py)."""
         return {
@@ -215,7 +210,7 @@ class Study:
             "weights": self.identity(model),
             "problems": problem_sets.digest(self.problems(problems)),
             "template": self.template(model),
-            "sampling": self.sampling_identity(self.config.model_sampling(model)),
+            "sampling": self.config.model_sampling(model).identity(),
             "seed": self.config.seed,
             "dtype": self.config.dtype,
         }

@@ -78,6 +78,35 @@ def test_attention(heads, kv_heads, dim, parts, splits, how):
         assert set(zip(*(x.tolist() for x in changed), strict=True)) == written
 
 
+@pytest.mark.parametrize("heads, kv_heads, dim, parts, splits", [(12, 2, 128, 1, 1), (14, 2, 64, 4, 3)])
+def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits):
+    """As if each were a slot of its own that is written before any reads; what there is no room for is not written."""
+    slots, pages, fresh = 5, 50, 4
+    dtype = jnp.bfloat16
+    keys, values = (normal(kv_heads, pages, PAGE, dim, seed=i, dtype=dtype) for i in (1, 2))
+    table = jnp.asarray(np.random.RandomState(3).permutation(pages).reshape(slots, 10), jnp.int32)
+    position, room = np.array([40, 14, -1, 159, 0]), np.array([4, 4, 4, 1, 3])
+    rows = position[:, None] + np.arange(fresh)
+    there = (position[:, None] >= 0) & (np.arange(fresh) < room[:, None])
+    rope = rope_table(jnp.asarray(rows.ravel()), dim, 1e4)
+    columns = (heads + 2 * kv_heads) * dim
+    qkv = parts**-0.5 * normal(parts, slots * fresh, columns, seed=4)
+    qkv = qkv.astype(dtype if parts == 1 else jnp.float32)
+    bias = normal(columns, seed=5, dtype=dtype)
+    alone = np.where(there, rows, -1).ravel(), np.repeat(table, fresh, axis=0)
+    expected, *after = attended(qkv, bias, rope, *alone, keys, values, heads)
+    how = {"heads": heads, "fresh": fresh, "room": jnp.asarray(room, jnp.int32), "splits": splits}
+    position = jnp.asarray(position, jnp.int32)
+    out, *new = gpu.attend(qkv, bias, rope, position, table, keys, values, interpret=INTERPRET, **how)
+    there = there.ravel()
+    np.testing.assert_allclose(np.float64(out[0])[there], expected[there], atol=0.03, rtol=0.02)
+    for ours, theirs, before in zip(new, after, (keys, values), strict=True):
+        ours, theirs = np.float32(ours), np.float32(theirs)
+        np.testing.assert_allclose(ours, theirs, atol=0.01, rtol=0.01)
+        changed = [(x != np.float32(before)).any(axis=(0, 3)) for x in (ours, theirs)]
+        np.testing.assert_array_equal(*changed)
+
+
 def test_adding_and_norm():
     x, weight = normal(5, 96, dtype=jnp.bfloat16), normal(96, seed=1, dtype=jnp.bfloat16)
     for y, parts in ((normal(1, 5, 96, seed=2, dtype=jnp.bfloat16), 1), (normal(4, 5, 96, seed=2), 3)):

@@ -504,6 +504,52 @@ def test_a_pool_that_runs_dry(model, requests, whole):
     assert groups[0].pool.left == 40
 
 
+def test_drafts_make_no_difference(model, requests, whole, monkeypatch):
+    """Guesses that are mostly wrong, slots that are refilled and become fewer, end tokens and limits."""
+    monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
+    monkeypatch.setattr(device, "decode", None)  # all steps are with drafts
+    assert_same(run(paged(model, slots=7, drafts=3), requests[::-1]), whole)
+    monkeypatch.undo()
+    draw = np.random.RandomState(1)
+    limited = [dataclasses.replace(r, limits=tuple(draw.randint(1, 40, len(r.samples)).tolist())) for r in requests[:6]]
+    ends = (3, 5, 7)
+    expected = run(make_sampler(model, ends), limited)
+    assert {c.stop for c in expected.values()} == {"end", "length"}
+    monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
+    sampler = Sampler(model.config, SETTINGS.model_copy(update={"slots": 5, "drafts": 2}), ends, layout="interpret")
+    sampler.load(params_of(model))
+    assert_same(run(sampler, limited), expected)
+
+
+def test_drafts_save_steps(requests):
+    """Of a model that repeats itself: without what its layers add, a token is likeliest to follow itself."""
+    model = random_model(TIED)
+    for weight in (model.layers.o, model.layers.down):
+        weight.set_value(jnp.zeros_like(weight.get_value()))
+    requests = [dataclasses.replace(r, samples=(0, 1)) for r in requests[:6]]
+    how = {"slots": 12, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    alone = paged(model, **how)
+    expected = run(alone, requests)
+    assert max(len(set(c.tokens.tolist())) for c in expected.values()) > 1
+    sampler = paged(model, **how, drafts=3)
+    assert_same(run(sampler, requests), expected)
+    assert sampler.counts["steps"] < 0.5 * alone.counts["steps"]
+
+
+def test_drafts_that_never_hold_are_given_up(model, requests, whole, monkeypatch):
+    monkeypatch.setattr(device, "LOG", 16)
+    monkeypatch.setattr(sampler_module, "LOG", 16)
+    taken = []
+    for name in ("decode", "decode_drafts"):
+        call = getattr(device, name)
+        monkeypatch.setattr(device, name, lambda *a, name=name, call=call: taken.append(name) or call(*a))
+    requests = requests[2:4]
+    ours = run(paged(model, slots=10, drafts=1), requests)
+    assert_same(ours, {key: whole[key] for key in ours})
+    assert taken[0] == "decode_drafts"
+    assert set(taken[1:]) == {"decode"}
+
+
 ON_FOUR = """
     import pickle, sys
     import jax

@@ -33,7 +33,7 @@ from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.sampling import cache as kv
-from rlvd_jax.sampling import decoder
+from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.books import Group, Plan
 from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model, prefill_length
@@ -42,6 +42,7 @@ from rlvd_jax.sampling.slots import LOG
 ROWS = 256  # responses that are started, or pages that are copied, at once
 COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
+LEAST_GAIN = 1.2  # tokens a step, below which guessing some is given up for the rest of a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +226,8 @@ class _Run:
         self.queue = collections.deque(self._pieces())
         self.prompts = None  # keys and values of those prefilled last
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
+        self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
+        self.seen = None  # tokens by position, to guess from
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
 
     def _pieces(self):
@@ -392,7 +395,7 @@ class _Run:
                 self.layers[i] = device.take_layer(self.p, layer, rows)
                 del layer
         self.state = device.take(self.p, self.state, rows, self._put(idle))
-        self.slots = fewer
+        self.slots, self.seen = fewer, None
 
     # ---- decode and collect --------------------------------------------------------------------
 
@@ -413,17 +416,22 @@ class _Run:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
             span = min(self.length, bucket(furthest + 32, 64))
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
-        self.layers, self.state, *log = device.decode(
-            self.p,
-            span,
-            self.s.weights,
-            self.layers,
-            self.state,
+        rest = (
             self._put([g.table for g in self.groups]),
             self.ends,
             jax.device_put(np.array([self._wake(g) for g in self.groups], np.int32), self.by_slot),
             jax.device_put(np.int32(steps), self.whole),
         )
+        weights, gain = self.s.weights, None
+        if self.drafts and self.slots * (self.drafts + 1) <= gpu.FEW and steps > self.drafts:
+            if self.seen is None:
+                shape = len(self.groups) * self.slots, self.length
+                self.seen = jax.device_put(np.full(shape, -1, np.int32), self.by_slot)
+            self.layers, self.state, self.seen, *log, gain = device.decode_drafts(
+                self.p, self.drafts, weights, self.layers, self.state, self.seen, *rest
+            )
+        else:
+            self.layers, self.state, *log = device.decode(self.p, span, weights, self.layers, self.state, *rest)
         by_group = len(self.groups), self.slots
         # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
         done, produced = (np.array(x).reshape(by_group) for x in (self.state.done, self.state.produced))
@@ -435,7 +443,13 @@ class _Run:
             g.produced = np.where(live, g_produced, g.produced)
             for slot in np.flatnonzero(live & g_done):
                 g.end(slot)
-        self.counts["steps"] += int(max(r.count.max() for r in rounds))
+        taken = int(max(r.count.max() for r in rounds))
+        if gain is not None:
+            steps, of_slots, drawn = np.asarray(gain).T
+            taken = int(steps.max())
+            if drawn.sum() < LEAST_GAIN * of_slots.sum():
+                self.drafts = 0
+        self.counts["steps"] += taken
         self.counts["rounds"] += 1
         self.counts["given_up"] += sum(map(len, void))
         return rounds, tuple(log)

@@ -219,3 +219,86 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     return _mapped(p, run, in_specs, (p.cache_spec, by_slot, log, log))(
         weights, layers, slots, table, ends, wake, steps
     )
+
+
+def _look_up(seen, token, position, count: int):
+    """What may follow the newest token: what followed it and the one before it when they last came in this order.
+
+    seen: [slots, positions] int32, tokens by position, the newest among them, -1 where not known; token, position: of
+    the newest. → [slots, count] int32. A stretch that ends at the newest token is taken to begin again.
+    """
+    slot, at = jnp.arange(token.size), jnp.arange(seen.shape[1] - 1)
+    before = seen[slot, jnp.maximum(position - 1, 0)]
+    same = (seen[:, :-1] == before[:, None]) & (seen[:, 1:] == token[:, None]) & (at + 1 < position[:, None])
+    first = jnp.where(same, at + 2, 0).max(axis=1)  # 0: never
+    ahead = jnp.arange(count) % jnp.maximum(position + 1 - first, 1)[:, None]
+    return jnp.maximum(seen[slot[:, None], first[:, None] + ahead], 0)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5))
+def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, table, ends, wake, steps):
+    """As `decode`, with `drafts` tokens guessed for each slot and checked in the same step (`SamplingConfig.drafts`).
+
+    Each draw's key is that of its position, so what is drawn after a right guess is what would have been drawn anyway;
+    what is drawn after a wrong one is dropped. seen: see `_look_up`, whatever it holds of others changes no result;
+    steps: of tokens, more than `drafts`, at most LOG. → (cache, slots, seen, tokens and log-probabilities [LOG, slots],
+    each slot's from 0 on, [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
+    """
+    chip, fresh = p.mesh.devices.flat[0], drafts + 1
+
+    def run(weights, layers, slots: Slots, seen, table, ends, wake, steps):
+        n = slots.token.size
+        slot, nth = jnp.arange(n), jnp.arange(fresh, dtype=jnp.int32)
+
+        def going(carry):
+            _, slots, _, count, *_ = carry
+            return (count.max() + fresh <= steps) & (slots.done.sum() < wake[0])
+
+        def body(carry):
+            layers, s, seen, count, tokens, logprobs, gain = carry
+            live = ~s.done
+            seen = seen.at[slot, s.position].set(s.token)
+            guess = _look_up(seen, s.token, s.position, drafts)
+            room = jnp.clip(s.limit - s.produced, 1, fresh)
+            place = kv.Place(s.position, live, table, 0, fresh=fresh, room=room)
+            rows = jnp.concatenate([s.token[:, None], guess], axis=1).reshape(-1)
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, rows, place)
+            with jax.named_scope("draw"):
+                scores = decoder.logits(p.config, p.tensor, weights, hidden)
+                key = _fold(jnp.repeat(s.key, fresh, axis=0), (s.produced[:, None] + nth).reshape(-1))
+                drawn = draw(scores, key, p.temperature, p.top_k, p.top_p, chip.platform)
+                token, logprob = (x.reshape(n, fresh) for x in drawn)
+            ended = (token[..., None] == ends).any(axis=-1) if ends.size else jnp.zeros(token.shape, bool)
+            # A token counts after right guesses alone, with none that ended the response, and where there is room.
+            holds = jnp.pad((token[:, :-1] == guess) & ~ended[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+            counts = jnp.cumprod(holds, axis=1, dtype=jnp.int32).astype(bool) & (nth < room[:, None]) & live[:, None]
+            more = counts.sum(axis=1, dtype=jnp.int32)
+            produced, position = s.produced + more, s.position + more
+            to = jnp.where(counts, count[:, None] + nth, LOG)
+            new = Slots(
+                token=jnp.where(live, token[slot, jnp.maximum(more - 1, 0)], s.token),
+                position=position,
+                produced=produced,
+                limit=s.limit,
+                done=s.done | (ended & counts).any(axis=1) | (produced >= s.limit),
+                key=s.key,
+            )
+            seen = seen.at[slot[:, None], jnp.where(counts, s.position[:, None] + 1 + nth, seen.shape[1])].set(
+                token, mode="drop"
+            )
+            tokens, logprobs = (
+                log.at[to, slot[:, None]].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob))
+            )
+            gain += jnp.stack([jnp.int32(1), live.sum(dtype=jnp.int32), more.sum()])
+            return layers, new, seen, count + more, tokens, logprobs, gain
+
+        log = jnp.zeros((LOG, n), jnp.int32), jnp.zeros((LOG, n), jnp.float32)
+        start = layers, slots, seen, jnp.zeros(n, jnp.int32), *log, jnp.zeros(3, jnp.int32)
+        layers, slots, seen, _, *log, gain = jax.lax.while_loop(going, body, start)
+        return layers, slots, seen, *log, gain[None]
+
+    by_slot, log = P("data"), P(None, "data")
+    in_specs = decoder.specs(p.config, p.tensor), p.cache_spec, by_slot, by_slot, by_slot, P(), by_slot, P()
+    return _mapped(p, run, in_specs, (p.cache_spec, by_slot, by_slot, log, log, by_slot))(
+        weights, layers, slots, seen, table, ends, wake, steps
+    )

@@ -74,7 +74,7 @@ class Evaluation:
     samples: int
 
     def identity(self) -> dict:
-        settings = self.sampler.settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"})
+        settings = self.sampler.settings.identity()
         return settings | {"questions": self.questions.digest(), "samples": self.samples}
 
 
@@ -427,7 +427,7 @@ def train(
         raise UserError(f"grpo.row_tokens is {row_tokens}, but a prompt and its response may have {longest} tokens")
     identity = {  # what may change when a run goes on is left out
         "grpo": config.identity({"steps", "checkpoint_every", "row_tokens", "micro_rows", "unroll"}),
-        "sampling": settings.model_dump(mode="json", exclude={"samples", "slots", "tensor"}),
+        "sampling": settings.identity(),
         "questions": questions.digest(),
         "evaluation": evaluation.identity() if evaluation else None,
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
