@@ -165,7 +165,7 @@ def attend(
     parts: int = 1,
     splits=None,
     block: int = 32,
-    num_warps: int = 1,
+    num_warps=None,
     num_stages: int = 3,
     interpret=False,
 ):
@@ -185,6 +185,7 @@ def attend(
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
+    num_warps = num_warps or (1 if fresh == 1 else 4)  # one warp has no registers for the rows of several tokens
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
