@@ -536,6 +536,28 @@ def test_drafts_save_steps(requests):
     assert sampler.counts["steps"] < 0.5 * alone.counts["steps"]
 
 
+def test_drafts_know_the_text(model, requests, whole, monkeypatch):
+    """What was drawn before the last responses moved to few slots, some of it in slots that others had before."""
+    for module in (device, sampler_module):
+        monkeypatch.setattr(module, "LOG", 16)
+    monkeypatch.setattr(sampler_module, "TAIL", 0)
+    monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
+    known, call = [], device.decode_drafts
+
+    def watch(p, drafts, weights, layers, slots, seen, *rest):
+        known.append((np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
+        return call(p, drafts, weights, layers, slots, seen, *rest)
+
+    monkeypatch.setattr(device, "decode_drafts", watch)
+    assert_same(run(paged(model, slots=24, drafts=3), requests), whole)
+    texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
+    position, done, seen = known[0]
+    assert (~done).sum() > 3 and len(seen) == 16 and position[~done].max() > 20
+    for at, text in zip(position[~done], seen[~done].tolist(), strict=True):
+        assert any(whole_text[: at + 1] == tuple(text[: at + 1]) for whole_text in texts)
+        assert set(text[at + 1 :]) == {-1}
+
+
 def test_drafts_that_never_hold_are_given_up(model, requests, whole, monkeypatch):
     monkeypatch.setattr(device, "LOG", 16)
     monkeypatch.setattr(sampler_module, "LOG", 16)

@@ -42,7 +42,8 @@ from rlvd_jax.sampling.slots import LOG
 ROWS = 256  # responses that are started, or pages that are copied, at once
 COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
-LEAST_GAIN = 1.2  # tokens a step, below which guessing some is given up for the rest of a call
+LEAST_GAIN = 1.1  # tokens a step, below which guessing some is given up for the rest of a call
+KEPT = 64  # rounds whose tokens are kept to guess from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +229,7 @@ class _Run:
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.seen = None  # tokens by position, to guess from
+        self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
 
     def _pieces(self):
@@ -425,8 +427,7 @@ class _Run:
         weights, gain = self.s.weights, None
         if self.drafts and self.slots * (self.drafts + 1) <= gpu.FEW and steps > self.drafts:
             if self.seen is None:
-                shape = len(self.groups) * self.slots, self.length
-                self.seen = jax.device_put(np.full(shape, -1, np.int32), self.by_slot)
+                self.seen = self._put(self._text())
             self.layers, self.state, self.seen, *log, gain = device.decode_drafts(
                 self.p, self.drafts, weights, self.layers, self.state, self.seen, *rest
             )
@@ -449,10 +450,32 @@ class _Run:
             taken = int(steps.max())
             if drawn.sum() < LEAST_GAIN * of_slots.sum():
                 self.drafts = 0
+        if self.drafts:
+            self.past.append((rounds, log[0]))
         self.counts["steps"] += taken
         self.counts["rounds"] += 1
         self.counts["given_up"] += sum(map(len, void))
         return rounds, tuple(log)
+
+    def _text(self) -> np.ndarray:
+        """int32 [groups, slots, length]: prompts and responses in flight, token by position as far as they are kept;
+        else -1."""
+        text = np.full((len(self.groups), self.slots, self.length), -1, np.int32)
+        for d, g in enumerate(self.groups):
+            drawn = {tuple(who): [] for who in g.occupant[g.live].tolist()}
+            for rounds, tokens in self.past:
+                tokens = np.asarray(tokens).T.reshape(len(self.groups), -1, LOG)[d]
+                for who, count, row in zip(rounds[d].occupant.tolist(), rounds[d].count, tokens, strict=True):
+                    if tuple(who) in drawn:
+                        drawn[tuple(who)].append(row[:count])
+            for slot in np.flatnonzero(g.live):
+                request, index = g.occupant[slot].tolist()
+                prompt, produced = self.requests[request].prompt, int(g.produced[slot])
+                # Not of an attempt before that was given up.
+                last = np.concatenate([np.zeros(0, np.int32), *drawn[request, index]])[-produced:] if produced else []
+                end = len(prompt) + produced
+                text[d, slot, : len(prompt)], text[d, slot, end - len(last) : end] = prompt, last
+        return text
 
     def _wake(self, g: Group) -> int:
         """Done slots at which the device comes back: few where others wait, half where slots can become fewer."""
