@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from rlvd_jax.config import MeshConfig
 from rlvd_jax.qwen2.mesh import make_mesh
@@ -166,10 +166,27 @@ def on_meshes(devices: int):
         yield objective, everything(objective, make_mesh(MeshConfig(**axes), jax.devices()[:devices]))
 
 
+def by_rows(objective, devices: int):
+    """Loss and gradient of the table, each device with its own rows, as training has it where weights are whole."""
+    hidden, table, batch = batch_of()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    of = partial(loss_of_hidden, objective=objective, temperature=0.7, mesh=mesh, logits=80)
+
+    def on_each(hidden, table, batch):
+        return jax.lax.psum(jax.value_and_grad(lambda t: of(hidden, t, batch)[0])(table), "data")
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    with jax.default_matmul_precision("highest"):
+        on_all = jax.shard_map(on_each, mesh=mesh, in_specs=(rows, whole, rows), out_specs=whole, check_vma=False)
+        return jax.jit(on_all)(hidden, table, batch)
+
+
 @pytest.mark.skipif(INTERPRET or jax.device_count() < 2, reason="there are not several GPUs")
 def test_several_gpus():
     for objective, ours in on_meshes(2):
         assert_close(ours, everything(objective))
+        (value, _), (_, to_table) = everything(objective)[0]
+        assert_close(by_rows(objective, 2), (value, to_table))
 
 
 def test_several_devices():
@@ -188,13 +205,15 @@ def test_several_devices():
 if __name__ == "__main__":
     assert jax.device_count() == 4
     plain = {objective: everything(objective) for objective in OBJECTIVES}
-    rows, kernel = set(), gpu.softmax_statistics
+    shapes, kernel = set(), gpu.softmax_statistics
 
     def read(scores, *arguments, **options):
-        rows.add(len(scores))
+        shapes.add(scores.shape)
         return kernel(scores, *arguments, **options | {"interpret": True})
 
     gpu.softmax_statistics, loss.platform_of = read, lambda _: "gpu"
     for objective, ours in on_meshes(4):
         assert_close(ours, plain[objective])
-    assert rows == {1}, "of four"
+        (value, _), (_, to_table) = plain[objective][0]
+        assert_close(by_rows(objective, 4), (value, to_table))
+    assert shapes == {(1, 5, 13)}, "one row of four, in two chunks"

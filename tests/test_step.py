@@ -11,6 +11,7 @@ import pytest
 import training_helpers as tiny
 from flax import nnx
 
+from rlvd_jax import targets
 from rlvd_jax.config import MeshConfig, OptimizerConfig
 from rlvd_jax.qwen2 import Qwen2
 from rlvd_jax.qwen2.mesh import make_mesh
@@ -232,51 +233,76 @@ def test_bfloat16_arithmetic_on_float32_weights(supervised):
 
 
 POLICY = Objective(ratio="sequence", kl=0.1)
+BONUS = Objective(entropy=0.1)  # whose layers are unrolled on meshes
 MESHES = {
     2: [({"tensor": 2}, None), ({"fsdp": 2}, POLICY)],
-    4: [({"data": 2, "fsdp": 2}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
-    8: [({}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
+    4: [({}, POLICY), ({"data": 2, "fsdp": 2}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
+    8: [({}, None), ({}, BONUS), ({"fsdp": 2, "tensor": 2}, POLICY)],
 }
 """Number of devices → axes of some meshes of them, and what is trained there."""
 
 
 def three_updates(axes, objective, devices=1):
-    """Losses, gradient norms and entropies of three updates on a mesh, then the size of the weights."""
+    """The metrics of three updates on a mesh, then the size of the weights."""
     mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
-    trainer = Trainer(tiny.CONFIG, jnp.float32, mesh, PLAIN, objective)
+    trainer = Trainer(tiny.CONFIG, jnp.float32, mesh, PLAIN, objective, unroll=objective is BONUS and devices > 1)
     batch = batch_of(tiny.examples(21, policy=objective is not None), shards=trainer.batch_shards)
     if objective:  # any numbers near the policy's
         batch |= {"old": batch["logp"], "reference": batch["logp"] - 0.1}
     state, batch = trainer.init(tiny.params()), trainer.place(batch)
     for _ in range(3):
         state, metrics = trainer.update(state, batch)
-        yield from (float(metrics["loss"]), float(metrics["grad_norm"]), float(metrics["entropy"]))
+        yield from (float(metrics[name]) for name in sorted(metrics))
     yield float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
 
 
-def test_one_device_equals_two_four_and_eight():
-    """SFT and GRPO on one device here, and on meshes of simulated ones in another process."""
+def on_eight(what) -> list[str]:
+    """What this file prints as a script, where there are eight simulated devices."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     out = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(Path(__file__)), what], env=environment, capture_output=True, text=True, timeout=600
     )
     assert out.returncode == 0, out.stderr
-    lines = iter(out.stdout.splitlines())
-    one = {objective: list(three_updates({}, objective)) for objective in (None, POLICY)}
+    return out.stdout.splitlines()
+
+
+def test_one_device_equals_two_four_and_eight():
+    """SFT and GRPO on one device here, and on meshes of simulated ones in another process."""
+    lines = iter(on_eight("updates"))
+    one = {objective: list(three_updates({}, objective)) for objective in (None, POLICY, BONUS)}
     for meshes in MESHES.values():
         for _, objective in meshes:
             np.testing.assert_allclose([float(x) for x in next(lines).split()], one[objective], rtol=2e-4)
 
 
+def reduced(unroll):
+    """`tiny.all_reduced` of an update on four devices, each of which has all weights."""
+    trainer = Trainer(tiny.CONFIG, jnp.float32, make_mesh(MeshConfig(), jax.devices()[:4]), PLAIN, unroll=unroll)
+    batch = batch_of(tiny.examples(21), shards=4)
+    assert len(batch["tokens"]) == 16, "micro-batches"
+    return tiny.all_reduced(targets.compile_update(trainer, batch).as_text())
+
+
+def test_whole_gradients_are_reduced_once_and_not_in_every_micro_batch():
+    weights = sum(x.size for x in jax.tree.leaves(tiny.params()))
+    for line in on_eight("reduced"):
+        inside, outside = map(int, line.split())
+        assert inside == 0 and weights < outside < weights + 10  # the sums of the metrics with them
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    for devices, meshes in MESHES.items():
-        for axes, objective in meshes:
-            print(*three_updates(axes, objective, devices))
+    if sys.argv[1] == "reduced":
+        for unroll in (False, True):
+            print(*reduced(unroll))
+    else:
+        for devices, meshes in MESHES.items():
+            for axes, objective in meshes:
+                print(*three_updates(axes, objective, devices))
 
 
 def test_lengths_of_segments():

@@ -1,5 +1,6 @@
 """Train steps compiled for TPU slices that are not here: they fit, attention is the kernel, logits are never whole."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -7,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from training_helpers import all_reduced
 
 from rlvd_jax import targets
 from rlvd_jax.config import GRPOConfig, MeshConfig, SFTConfig
@@ -122,6 +124,19 @@ def test_updates_fit(size, kind, name):
     assert not re.search(rf"\[(\d+,)*{time},{time}\]", text), "scores are held whole"
     arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     assert max(map(math.prod, arrays)) < time // 2 * QWEN[size].vocab_size
+
+
+@needs_libtpu
+def test_weights_whole_on_each_device():
+    """Attention is the kernel, and each device adds its own gradients up. More layers would only take longer."""
+    config = dataclasses.replace(QWEN["1.5B"], num_hidden_layers=2)
+    mesh = make_mesh(MeshConfig(data=4), targets.find("v5p-8").devices)
+    recipe, longest = RECIPES["grpo"]
+    trainer = Trainer(config, jnp.dtype(jnp.bfloat16), mesh, recipe.optimizer, Objective(), 0.9)
+    text = targets.compile_update(trainer, largest_batch(recipe, longest, 4), quick=True).as_text()
+    assert all(kernel in text for kernel in KERNELS)
+    inside, outside = all_reduced(text)
+    assert inside == 0 and config.parameters < outside < config.parameters + 10
 
 
 @needs_libtpu

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
+import re
 import signal
 import sys
 from concurrent.futures import Future
@@ -67,6 +69,24 @@ def examples(number: int, seed: int = 0, policy: bool = False) -> list[Example]:
         extra = (rng.normal(-3, 0.3, len(response)), float(rng.normal())) if policy else ()
         made.append(Example(tuple(map(int, prompt)), response, *extra))
     return made
+
+
+def all_reduced(program: str) -> tuple[int, int]:
+    """Elements that a compiled program's all-reduces return: of those inside loops, each counted once, and outside."""
+    parts = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    inside, new = set(), set(re.findall(r"body=%([\w.-]+)", program))
+    while new:
+        inside |= new
+        new = {name for part in new for name in re.findall(r"%([\w.-]+)", parts[part]) if name in parts} - inside
+
+    def elements(part):
+        results = re.findall(r"= (.*) all-reduce(?:-start)?\(", part)
+        shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(results))
+        return sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+
+    assert inside, "no loops: the program is not written as it was"
+    in_loops = sum(elements(parts[name]) for name in inside)
+    return in_loops, sum(map(elements, parts.values())) - in_loops
 
 
 class Grader:

@@ -27,9 +27,9 @@ def attend(q, k, v, segments, mesh: Mesh | None = None, lengths=None):
     if platform == "gpu" and q.dtype == jnp.bfloat16 and q.shape[-1] in (64, 128):
         if lengths is None:
             lengths = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)[:, None]
-        return cudnn(q, k, v, lengths) if mesh is None else on_each_device(cudnn, q, k, v, lengths, mesh)
+        return cudnn(q, k, v, lengths) if alone(mesh) else on_each_device(cudnn, q, k, v, lengths, mesh)
     if platform == "tpu" and mesh is not None and q.shape[1] >= LANES:
-        return on_each_device(splash, q, k, v, segments, mesh)
+        return splash(q, k, v, segments) if alone(mesh) else on_each_device(splash, q, k, v, segments, mesh)
     return plain(q, k, v, _mask(segments))
 
 
@@ -37,6 +37,12 @@ def platform_of(mesh: Mesh | None) -> str:
     """Of the devices that a program is compiled for: the mesh's, which need not be here (targets.py), or without one
     JAX's default backend."""
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+
+
+def alone(mesh: Mesh | None) -> bool:
+    """Whether arrays are one device's own: there is no mesh, or a `jax.shard_map` over all of it is around the caller
+    (training/step.py)."""
+    return mesh is None or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _mask(segments):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlvd_jax.qwen2.attention import platform_of
+from rlvd_jax.qwen2.attention import alone, platform_of
 from rlvd_jax.qwen2.mesh import BATCH
 from rlvd_jax.training import gpu
 
@@ -55,7 +55,7 @@ def _statistics(scores, target, temperature: float, mesh: Mesh | None):
 def _by_kernel(scores, target, temperature: float, mesh: Mesh | None, interpret=False):
     """`_statistics` in one pass, on each device of its own rows: the compiler cannot split a kernel by itself."""
     kernel = partial(gpu.softmax_statistics, temperature=temperature, interpret=interpret)
-    if mesh is not None:
+    if not alone(mesh):
         kernel = jax.shard_map(kernel, mesh=mesh, in_specs=(BATCH, BATCH), out_specs=BATCH, check_vma=False)
     return kernel(scores, target)
 
@@ -135,7 +135,7 @@ def _split(x, chunks: int):
 
 def _shards(mesh: Mesh | None) -> int:
     """Devices that rows are split over."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if alone(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _chunks(rows: int, positions: int, vocab: int, logits: int) -> int:

@@ -196,19 +196,38 @@ class Trainer:
             grads, sums = jax.grad(self._loss, has_aux=True)(params, micro, keep)
             return restack(grads), sums
 
-        def accumulate(i, total):
-            new = gradient(cast, jax.tree.map(lambda x: x[i], batch))
-            grads, sums = jax.tree.map(jnp.add, total, new)
-            most = {k: jnp.maximum(total[1][k], new[1][k]) for k in sums if k.endswith("_max")}
-            return jax.lax.with_sharding_constraint(grads, self.shardings.params), sums | most
+        def add_up(params, batch, used, shardings=None):
+            def accumulate(i, total):
+                new = gradient(params, jax.tree.map(lambda x: x[i], batch))
+                grads, sums = jax.tree.map(jnp.add, total, new)
+                most = {k: jnp.maximum(total[1][k], new[1][k]) for k in sums if k.endswith("_max")}
+                if shardings is not None:
+                    grads = jax.lax.with_sharding_constraint(grads, shardings)
+                return grads, sums | most
+
+            shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+            return jax.lax.fori_loop(0, used, accumulate, zeros)
+
+        def add_up_by_device(params, batch, used):
+            grads, sums = add_up(params, batch, used)
+            most = {k: jax.lax.pmax(x, "data") for k, x in sums.items() if k.endswith("_max")}
+            grads, sums = jax.lax.psum((grads, sums), "data")
+            return grads, sums | most
 
         if batch["tokens"].shape[0] == 1:  # no accumulator to hold
             grads, sums = gradient(cast, jax.tree.map(lambda x: x[0], batch))
             grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        elif 1 < self.mesh.shape["data"] == self.mesh.size:
+            # Weights are whole on each device, which can add its own gradients up: they are reduced once, and not for
+            # every micro-batch, as the compiler would have it.
+            whole, rows = PartitionSpec(), PartitionSpec(None, "data")
+            by_device = jax.shard_map(
+                add_up_by_device, mesh=self.mesh, in_specs=(whole, rows, whole), out_specs=whole, check_vma=False
+            )
+            grads, sums = by_device(cast, batch, used)
         else:
-            shapes = jax.eval_shape(gradient, cast, jax.tree.map(lambda x: x[0], batch))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-            grads, sums = jax.lax.fori_loop(0, used, accumulate, zeros)
+            grads, sums = add_up(cast, batch, used, self.shardings.params)
         with jax.named_scope("optimizer"):
             changes, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, changes)
