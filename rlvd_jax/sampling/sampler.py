@@ -9,6 +9,10 @@ Every draw's key is a function of (seed, question, sample, position) alone, so t
 number of slots or devices, the order of the queue, or a restart (up to the rounding of matrix products of other
 shapes, which moves log-probabilities by up to 1e-5 in float32 and can tip a near-tie between two tokens in bfloat16).
 
+Where few responses are left a step may take several tokens of each, the later ones guessed from the response's own
+text (`drafts`). A draw's key is that of its position, so a guess that holds changes nothing, and one that does not is
+forgotten.
+
 Pages are handed out as responses grow. Where the pool runs dry, the youngest responses are given up and begun again
 later, to the same result; the oldest always has room to end.
 """
@@ -433,9 +437,9 @@ class _Run:
             )
         else:
             self.layers, self.state, *log = device.decode(self.p, span, weights, self.layers, self.state, *rest)
-        by_group = len(self.groups), self.slots
+        shape = len(self.groups), self.slots
         # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
-        done, produced = (np.array(x).reshape(by_group) for x in (self.state.done, self.state.produced))
+        done, produced = (np.array(x).reshape(shape) for x in (self.state.done, self.state.produced))
         rounds = []
         for g, g_done, g_produced, g_void in zip(self.groups, done, produced, void, strict=True):
             live = g.live
@@ -446,8 +450,8 @@ class _Run:
                 g.end(slot)
         taken = int(max(r.count.max() for r in rounds))
         if gain is not None:
-            steps, of_slots, drawn = np.asarray(gain).T
-            taken = int(steps.max())
+            taken, of_slots, drawn = np.asarray(gain).T
+            taken = int(taken.max())
             if drawn.sum() < LEAST_GAIN * of_slots.sum():
                 self.drafts = 0
         if self.drafts:
