@@ -94,29 +94,28 @@ def looped(calls, fixed, h, layers=()) -> float:
     return min(times)
 
 
+def matrices(c) -> dict[str, tuple[int, int]]:
+    """Of a layer, as the decoder has them."""
+    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        "qkv": (c.hidden_size, heads + 2 * kv),
+        "o": (heads, c.hidden_size),
+        "gate_up": (c.hidden_size, 2 * c.intermediate_size),
+        "down": (c.intermediate_size, c.hidden_size),
+    }
+
+
 class Case:
-    """What is run in several ways: its name, the bytes and FLOPs that it can't do without."""
+    """What is run in several `ways()`: its name, the bytes and FLOPs that it can't do without. `run(way)` gives the
+    seconds of a call."""
 
     def __init__(self, name: str, bytes_: float, flops: float = 0.0):
         self.name, self.bytes, self.flops = name, bytes_, flops
 
-    def ways(self) -> list[dict]:
-        raise NotImplementedError
-
-    def run(self, way: dict) -> float:
-        """Seconds of a call."""
-        raise NotImplementedError
-
 
 class Product(Case):
     def __init__(self, c, name: str, rows: int):
-        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.k, self.n = {
-            "qkv": (c.hidden_size, heads + 2 * kv),
-            "o": (heads, c.hidden_size),
-            "gate_up": (c.hidden_size, 2 * c.intermediate_size),
-            "down": (c.intermediate_size, c.hidden_size),
-        }[name]
+        self.k, self.n = matrices(c)[name]
         super().__init__(f"{name} × {rows} rows", 2 * self.k * self.n, 2 * rows * self.k * self.n)
         self.rows, self.gated, self.weights = rows, name == "gate_up", None
 
@@ -168,7 +167,7 @@ class Attend(Case):
         table = np.concatenate([np.tile(np.arange(shared), (self.slots, 1)), own], axis=1)
         room = c.num_key_value_heads, shared + own.size, size, c.head_dim
         position = jnp.full(self.slots, self.positions, jnp.int32)
-        columns = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+        columns = matrices(c)["qkv"][1]
         parts = gpu.tiling(self.slots, c.hidden_size, columns)["splits"] if self.slots <= gpu.FEW else 1
         qkv = normal(98, parts, self.slots, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
         rope = rope_table(position, c.head_dim, c.rope_theta)
@@ -227,16 +226,8 @@ class Step(Case):
         (room, _) = cache.shapes(c, layout, c.num_key_value_heads, self.slots, self.slots * pages)
         position = jnp.full(self.slots, self.positions, jnp.int32)
         place = cache.Place(position, jnp.ones(self.slots, bool), table, self.positions + 1)
-        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        shapes = {
-            "qkv": (c.hidden_size, heads + 2 * kv),
-            "qkv_bias": (heads + 2 * kv,),
-            "o": (heads, c.hidden_size),
-            "gate_up": (c.hidden_size, 2 * c.intermediate_size),
-            "down": (c.intermediate_size, c.hidden_size),
-            "input_norm": (c.hidden_size,),
-            "post_norm": (c.hidden_size,),
-        }
+        shapes = matrices(c)
+        shapes |= {"qkv_bias": shapes["qkv"][1:], "input_norm": (c.hidden_size,), "post_norm": (c.hidden_size,)}
 
         each = [{name: normal(i, *s) for name, s in shapes.items()} for i in range(c.num_hidden_layers)]
         weights = {"layers": each, "embedding": normal(1, 64, c.hidden_size), "final_norm": normal(2, c.hidden_size)}

@@ -103,9 +103,6 @@ def main() -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="what the sampler must have room for")
     parser.add_argument("--slots", type=int)
-    parser.add_argument(
-        "--drafts", type=int, default=0, help="random weights repeat nothing: this shows what they cost"
-    )
     parser.add_argument("--times", type=int, default=1, help="how often each list is drawn, as one, for several GPUs")
     parser.add_argument("--devices", type=int, help="use the first so many; else all")
     parser.add_argument("--repeat", type=int, default=1)
@@ -128,7 +125,6 @@ def main() -> None:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     params = jax.jit(lambda: nnx.split(Qwen2(c, nnx.Rngs(0), dtype=dtype, param_dtype=dtype), nnx.Param)[1])()
     settings = SamplingConfig(temperature=0.9, top_k=50, top_p=1.0, max_tokens=args.max_tokens, slots=args.slots)
-    settings = settings.model_copy(update={"drafts": args.drafts})
     sampler = Sampler(c, settings, (), devices=devices, dtype=dtype)
     sampler.load(params)
     del params

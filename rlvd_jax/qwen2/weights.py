@@ -135,7 +135,7 @@ def _as_stored(sharding: NamedSharding) -> NamedSharding:
 
 @partial(jax.jit, static_argnums=1)
 def _turn(x, sharding: NamedSharding):
-    """A stack of a file's matrices in our layout, [layers, in, out]: devices transpose much faster than hosts."""
+    """A stack of a file's matrices in our layout, [layers, in, out]: devices transpose faster than hosts."""
     return jax.lax.with_sharding_constraint(x.swapaxes(1, 2), sharding)
 
 
@@ -158,12 +158,8 @@ def _load_one(tensors: dict, w: Weight, layers: int | None, sharding: NamedShard
 
         def read(index, start=start, count=count):
             chosen = range(start, start + count)[index[0]]
-            out = None
-            for i, layer in enumerate(chosen):
-                part = _read(tensors[w.name.format(layer)], index[1:])
-                out = np.empty((len(chosen), *part.shape), dtype) if out is None else out
-                out[i] = part
-            return out
+            parts = [_read(tensors[w.name.format(i)], index[1:]) for i in chosen]
+            return np.stack(parts, dtype=dtype, casting="unsafe")
 
         value = _place_parts((count, *stored), split, read)
         value = _turn(value, sharding) if w.matrix else value

@@ -1,7 +1,7 @@
 """Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): products of few rows, attention over a paged cache,
 norms, and the draw.
 
-`few_rows` reads weights at the speed of memory where the tail of a batch leaves few responses. `attend` does in one
+`few_rows` is for the tail of a batch, whose products are bound by reading weights. `attend` does in one
 pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key and value to the
 response's page, and reads every filled position once. Pages that responses share, those of their prompt, come from the
 chip's cache after the first read. `draw` reads the logits once, and of each row once more only the blocks of 128 tokens
@@ -66,7 +66,7 @@ def split(h, parts: int):
 
 def tiling(rows: int, k: int, n: int, gated=False, *, tile=None, block=None, splits=None, num_stages=None) -> dict:
     """How `few_rows` shares out h [rows, k] @ w [k, n], or [k, 2 n], where it is left open: columns of a program, how
-    much of k it takes at a time, parts of k, blocks on their way. All programs run at once, two on a multiprocessor."""
+    much of k it takes at a time, parts of k, blocks on their way. All programs run at once."""
     tile, block = tile or 64, block or 64
     blocks = pl.cdiv(k, block)
     most = 1 if gated else max(1, min(PROGRAMS // pl.cdiv(n, tile), k // LEAST_K))
