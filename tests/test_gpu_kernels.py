@@ -63,10 +63,10 @@ def test_attention(heads, kv_heads, dim, parts, splits, how):
     bias = normal((heads + 2 * kv_heads) * dim, seed=5, dtype=dtype)
     arguments = qkv, bias, rope, position, table
     expected, new_keys, new_values = attended(*arguments, keys, values, heads)
-    how = {"heads": heads, "parts": parts, "splits": splits, "interpret": INTERPRET, **how}
+    how = {"heads": heads, "splits": splits, "interpret": INTERPRET, **how}
     out, *new = gpu.attend(*arguments, keys, values, **how)
-    assert out.shape == (parts, slots, heads * dim // parts)
-    out = np.float64(out.swapaxes(0, 1).reshape(slots, -1))
+    assert out.shape == (slots, heads * dim)
+    out = np.float64(out)
     live = np.array(position) >= 0
     np.testing.assert_allclose(out[live], expected[live], atol=0.02, rtol=0.02)
     assert np.isfinite(out).all()
@@ -99,7 +99,7 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits):
     position = jnp.asarray(position, jnp.int32)
     out, *new = gpu.attend(qkv, bias, rope, position, table, keys, values, interpret=INTERPRET, **how)
     there = there.ravel()
-    np.testing.assert_allclose(np.float64(out[0])[there], expected[there], atol=0.03, rtol=0.02)
+    np.testing.assert_allclose(np.float64(out)[there], expected[there], atol=0.03, rtol=0.02)
     for ours, theirs, before in zip(new, after, (keys, values), strict=True):
         ours, theirs = np.float32(ours), np.float32(theirs)
         np.testing.assert_allclose(ours, theirs, atol=0.01, rtol=0.01)
@@ -109,13 +109,11 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits):
 
 def test_adding_and_norm():
     x, weight = normal(5, 96, dtype=jnp.bfloat16), normal(96, seed=1, dtype=jnp.bfloat16)
-    for y, parts in ((normal(1, 5, 96, seed=2, dtype=jnp.bfloat16), 1), (normal(4, 5, 96, seed=2), 3)):
-        total, norm = gpu.add_norm(x, y, weight, 1e-6, parts=parts, interpret=INTERPRET)
+    for y in (normal(1, 5, 96, seed=2, dtype=jnp.bfloat16), normal(4, 5, 96, seed=2)):
+        total, norm = gpu.add_norm(x, y, weight, 1e-6, interpret=INTERPRET)
         expected = x + y.astype(jnp.float32).sum(axis=0).astype(x.dtype)
         np.testing.assert_array_equal(np.float32(total), np.float32(expected))
-        assert norm.shape == (parts, 5, 96 // parts)
-        expected = np.float32(rms_norm(expected, weight, 1e-6))
-        np.testing.assert_allclose(np.float32(norm.swapaxes(0, 1).reshape(5, 96)), expected, rtol=0.01)
+        np.testing.assert_allclose(np.float32(norm), np.float32(rms_norm(expected, weight, 1e-6)), rtol=0.01)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
@@ -155,7 +153,7 @@ def test_the_activation_in_the_product(rows, k, n, how):
     out = gpu.few_rows(h, w, gated=True, **how, interpret=INTERPRET)
     assert out.shape == (1, rows, n) and out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(out[0]), gate / (1 + np.exp(-gate)) * up, rtol=0.03, atol=0.02)
-    ours, theirs = (gpu.gated(h, w, few=few, interpret=INTERPRET) for few in (True, False))
+    ours, theirs = (gpu.gated(h, w, by=by, interpret=INTERPRET) for by in ("few", "library"))
     np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=0.03, atol=0.02)
 
 
@@ -185,17 +183,17 @@ def test_how_few_rows_are_shared_out(hidden, mlp, qkv):
             assert not is_gated or how["splits"] == 1
 
 
-def test_products_in_parts():
-    h, w = normal(3, 64), normal(64, 24, seed=1)
-    for parts in (1, 4):
-        product = gpu.product(gpu.split(h, parts), w)
-        assert product.shape == (parts, 3, 24)
-        np.testing.assert_allclose(product.sum(axis=0), h @ w, atol=1e-4)
-    w = normal(1536, 24, seed=1, dtype=jnp.bfloat16)
-    h = normal(1, 3, 1536, dtype=jnp.bfloat16)
+def test_who_multiplies(monkeypatch):
+    """Few rows in parts, but for sums over devices; many by Hopper's kernels where they run; the others by the
+    library."""
+    h, w = normal(3, 1536, dtype=jnp.bfloat16), normal(1536, 24, seed=1, dtype=jnp.bfloat16)
     assert gpu.product(h, w).shape == (1, 3, 24)
-    assert gpu.product(h, w, few=True, interpret=INTERPRET).shape == (4, 3, 24)
-    assert [gpu.parts_of(n) for n in (16, 256, 2048)] == [1, gpu.PARTS, 1]
+    assert gpu.product(h, w, by="few", interpret=INTERPRET).shape == (4, 3, 24)
+    for hopper, expected in ((False, ["few", "library", "library"]), (True, ["few", "library", "many"])):
+        monkeypatch.setattr(gpu.hopper, "here", lambda hopper=hopper: hopper)
+        assert [gpu.products_by(n, 1536, 8960, 1) for n in (64, 96, 256)] == expected
+        assert gpu.products_by(64, 1536, 8960, 2) == "library"
+        assert gpu.products_by(256, 1536, 8960 + 32, 1) == "library"
 
 
 @pytest.mark.parametrize("k", [1, 7, 39, 50, 64])

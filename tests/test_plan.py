@@ -110,7 +110,7 @@ def test_costs_at_the_papers_size(tmp_path):
     # pages add as many, or of all of a GPU's slots
     cache = 4288 * 36 * 2 * 2 * 128 * 2
     assert 2 * weights + 2 * cache < step.memory < 2 * weights + 2 * cache + 2**28
-    assert step.most == pytest.approx(2 * weights + 2048 * cache, rel=0.03) and step.most > 2 * weights + 2048 * cache
+    assert step.most == pytest.approx(2 * weights + 4096 * cache, rel=0.03) and step.most > 2 * weights + 4096 * cache
     fewer = cost(paper(tmp_path, "sampling.slots=64"), Step("respond", "base", "test", 256))
     assert fewer.memory == step.memory and fewer.most == pytest.approx(2 * weights + 64 * cache, rel=0.03)
     assert cost(paper(tmp_path, "device=auto"), Step("respond", "base", "test", 256)) == step

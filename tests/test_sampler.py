@@ -470,15 +470,14 @@ def test_pages_make_no_difference(model, requests, whole):
 
 
 def test_products_of_more_rows_with_pages(model, requests, whole, monkeypatch):
-    """As many slots as there are here have a kernel of their own; this is what more have, in parts."""
+    """As many slots as there are here have a kernel of their own; this is what more have."""
     taken, product = [], gpu.product
     monkeypatch.setattr(gpu, "FEW", 0)
-    monkeypatch.setattr(gpu, "parts_of", lambda rows: 4)
-    monkeypatch.setattr(gpu, "product", lambda h, w, **how: taken.append((len(h), how["few"])) or product(h, w, **how))
+    monkeypatch.setattr(gpu, "product", lambda h, w, **how: taken.append(how["by"]) or product(h, w, **how))
     requests = requests[3:9]
     ours = run(paged(model, slots=11), requests)  # a number that no other test has a program for
     assert_same(ours, {key: whole[key] for key in ours})
-    assert set(taken) == {(4, False)}
+    assert set(taken) == {"library"}
 
 
 def test_a_pool_that_runs_dry(model, requests, whole):

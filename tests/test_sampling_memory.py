@@ -48,6 +48,7 @@ def test_what_a_response_takes_of_each_device():
     assert demand(100, tensor=2).position == position / 2
     assert demand(100, tensor=7 * 4).position == position / 4, "each has one head, a copy of it if need be"
     assert demand(100, top_k=0).work == 2 * demand(100).work == 24 * 152064
+    assert demand(100, "gpu", top_k=0).work == 3 * demand(100, "gpu").work == 24 * 152064
 
 
 @pytest.mark.parametrize("layout", ["plain", "tpu"])
@@ -61,3 +62,9 @@ def test_a_plan_takes_what_is_free(layout, free):
     with pytest.raises(UserError, match="max_tokens: one response of 4160 positions needs"):
         wanted.plan(10_000, wanted.least - 1)
     assert wanted.plan(10_000, wanted.least).slots == 1
+
+
+def test_numbers_of_slots():
+    """Few; on GPUs up to 64, or multiples of that."""
+    plans = [[demand(100, layout).plan(n, 70 * GIB).slots for n in (5, 70, 280, 10_000)] for layout in ("tpu", "gpu")]
+    assert plans == [[16, 96, 288, 1024], [16, 128, 320, 4096]]

@@ -1,7 +1,7 @@
 """The sampler's kernels one by one: python tools/bench_kernels.py --what products attend --rows 16 64 [--json FILE]
 
-  products  a layer's four matrix products, as `gpu.product` and `gpu.gated` have them above FEW rows (cuBLAS) and by
-            `gpu.few_rows` in several ways
+  products  a layer's four matrix products and the logits', by cuBLAS, with the activation in a kernel of its own, and
+            in several ways by `gpu.few_rows`, or above FEW rows by `hopper.multiply`, first as it is chosen
   attend    `gpu.attend` at some (slots, positions), in several ways
   norm      `gpu.add_norm`, by the number of parts that it adds up
   step      `decoder.step` at `--rows` slots and 420 positions, without `gpu.few_rows` and with it
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import workloads
 
+from rlvd_jax.qwen2 import hopper
 from rlvd_jax.qwen2.layers import rope_table
 from rlvd_jax.sampling import cache, decoder, gpu
 
@@ -34,11 +35,12 @@ INTERPRET = jax.default_backend() != "gpu"
 CACHED = 2**16 if INTERPRET else 2**28  # bytes that no cache of the chip holds
 LOOPS = 1 if INTERPRET else 50
 SHARED = 96  # positions of the prompt, which all slots share
-PRODUCTS = ("qkv", "o", "gate_up", "down")
+PRODUCTS = ("qkv", "o", "gate_up", "down", "logits")
 AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500)]
 
 ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
 IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
+TILES = [(columns, cluster) for columns in (256, 192, 128, 160) for cluster in (1, 2)]
 ATTEND = [  # the first is how it is
     {},
     {"num_stages": 2},
@@ -102,6 +104,7 @@ def matrices(c) -> dict[str, tuple[int, int]]:
         "o": (heads, c.hidden_size),
         "gate_up": (c.hidden_size, 2 * c.intermediate_size),
         "down": (c.intermediate_size, c.hidden_size),
+        "logits": (c.hidden_size, c.vocab_size),
     }
 
 
@@ -117,12 +120,24 @@ class Product(Case):
     def __init__(self, c, name: str, rows: int):
         self.k, self.n = matrices(c)[name]
         super().__init__(f"{name} × {rows} rows", 2 * self.k * self.n, 2 * rows * self.k * self.n)
-        self.rows, self.gated, self.weights = rows, name == "gate_up", None
+        self.rows, self.gated, self.logits, self.weights = rows, name == "gate_up", name == "logits", None
 
     def ways(self) -> list[dict]:
         if self.rows > gpu.FEW:
+            if self.logits:
+                return [{"few": False}]
+            tiles = [hopper.Tiling(*t) for t in TILES]
+            if not self.gated:
+                tiles = [t._replace(splits=max(1, round(x * self.splits(t)))) for x in (1, 0.5, 2) for t in tiles]
+            ours = hopper.tiling(self.rows, self.k, self.n, gated=self.gated)
+            return [{"tiling": ours}, {"few": False}, *({"tiling": t} for t in dict.fromkeys(tiles) if t != ours)]
+        if self.logits:
             return [{"few": False}]
         return [{"few": False}, {}, *(ONE_PART if self.gated else IN_PARTS)]
+
+    def splits(self, t: hopper.Tiling) -> int:
+        """So many that most multiprocessors have a tile."""
+        return max(1, hopper.cores() // (math.ceil(self.rows / hopper.ROWS) * math.ceil(self.n / t.columns)))
 
     def how(self, way: dict) -> dict:
         """The arguments of `few_rows`; "more": times the parts of as many columns as usual."""
@@ -134,13 +149,18 @@ class Product(Case):
 
     def run(self, way: dict) -> float:
         if self.weights is None:
-            number = copies(self.bytes, 8, 28)
-            self.weights = [normal(i, self.k, self.n) for i in range(number)]
+            number = 1 if self.logits else copies(self.bytes, 8, 28)
+            shape = (self.n, self.k) if self.logits else (self.k, self.n)
+            self.weights = [normal(i, *shape) for i in range(number)]
 
         def call(h, w):
+            if "tiling" in way:
+                return hopper.multiply(h, [w], gated=self.gated, tiling=way["tiling"], cores=hopper.cores())[0]
+            if self.logits:
+                return jnp.einsum("bd,vd->bv", h, w, preferred_element_type=jnp.float32)
             if way.get("few", True):
                 return gpu.few_rows(h, w, gated=self.gated, interpret=INTERPRET, **self.how(way))
-            return gpu.gated(h, w) if self.gated else gpu.product(gpu.split(h, gpu.parts_of(self.rows)), w)
+            return gpu.gated(h, w) if self.gated else gpu.product(h, w)
 
         def calls(weights, h, _):
             return (), [call(h, w) for w in weights]
@@ -187,13 +207,31 @@ class Attend(Case):
         return looped(calls, fixed, qkv, layers) / number
 
 
+class Draw(Case):
+    def __init__(self, c, rows: int):
+        self.c, self.rows = c, rows
+        super().__init__(f"draw × {rows} rows", 4 * rows * c.vocab_size)
+
+    def ways(self) -> list[dict]:
+        return [{"num_warps": n} for n in (8, 16, 4)]
+
+    def run(self, way: dict) -> float:
+        logits = 100 * normal(5, self.rows, self.c.vocab_size).astype(jnp.float32)
+        keys = jax.random.bits(jax.random.key(1), (self.rows, 2), jnp.uint32)
+
+        def calls(logits, keys, _):
+            return (), gpu.draw(logits, keys, 0.9, 50, interpret=INTERPRET, **way)
+
+        return looped(calls, logits, keys)
+
+
 class Norm(Case):
     def __init__(self, c, rows: int):
         self.c, self.rows = c, rows
         super().__init__(f"add_norm × {rows} rows", 6 * rows * c.hidden_size)
 
     def ways(self) -> list[dict]:
-        return [{"parts": parts, "num_warps": warps} for parts in (1, 4, 10) for warps in (4, 16)]
+        return [{"parts": parts, "num_warps": warps} for parts in (1, 5) for warps in (4, 8, 16)]
 
     def run(self, way: dict) -> float:
         hidden, dtype = self.c.hidden_size, jnp.bfloat16 if way["parts"] == 1 else jnp.float32
@@ -244,7 +282,7 @@ class Step(Case):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("products", "attend", "norm", "step")
+    kinds = ("products", "attend", "norm", "step", "draw")
     parser.add_argument("--what", nargs="+", default=kinds[:3], choices=kinds)
     parser.add_argument("--shape", default="tiny" if INTERPRET else "1.5B", choices=("tiny", "0.5B", "1.5B", "3B"))
     parser.add_argument("--rows", nargs="+", type=int, default=[16, 64])
@@ -266,6 +304,8 @@ def main() -> None:
         cases += [Product(c, name, rows) for rows in args.rows for name in args.products]
     if "attend" in args.what:
         cases += [Attend(c, *x) for x in at]
+    if "draw" in args.what:
+        cases += [Draw(c, rows) for rows in args.rows]
     if "norm" in args.what:
         cases += [Norm(c, rows) for rows in args.rows]
     results, begun, left_out = [], time.perf_counter(), 0

@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rlvd_jax.qwen2.attention import attend
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate, swiglu
+from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
+from rlvd_jax.qwen2.mlp import WIDE, mlp
 
 
 class Weight(NamedTuple):
@@ -74,7 +75,7 @@ def _make(w: Weight, rngs: nnx.Rngs, dtype, lead=()):
     return nnx.Param((jnp.ones if w.init == "ones" else jnp.zeros)(shape, dtype))
 
 
-HEADS, WIDE = "heads", "wide"  # what a layer can keep: queries, keys and values; the MLP's two wide products
+HEADS = "heads"  # what a layer can keep besides WIDE: queries, keys and values
 
 
 def keeping(*names):
@@ -144,8 +145,7 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
-        gate, up = (checkpoint_name(h @ w[name], WIDE) for name in ("gate", "up"))
-        return x + swiglu(gate, up) @ w["down"]
+        return x + mlp(h, w["gate"], w["up"], w["down"], mesh)
 
 
 class Qwen2(nnx.Module):

@@ -96,17 +96,17 @@ def insert(layer, layout: Layout, prompt_layer, source, to):
     return tuple(put(old, new) for old, new in zip(layer, prompt_layer, strict=True))
 
 
-def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place, parts: int = 1):
+def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     """Write the newest keys and values of each slot, and attend to all there is up to each.
 
     qkv: [slots * fresh, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions. → (the layer's cache, [slots * fresh, heads * head_dim]). For the GPU's kernel both have a leading axis
-    of parts, the result `parts` of them, see `gpu.product`.
+    positions. → (the layer's cache, [slots * fresh, heads * head_dim]). For the GPU's kernel qkv has a leading axis of
+    parts, see `gpu.product`.
     """
     keys, values = layer
     if layout in ("gpu", "interpret"):
         position = jnp.where(place.live, place.position, -1)
-        how = {"heads": heads, "fresh": place.fresh, "room": place.room, "parts": parts}
+        how = {"heads": heads, "fresh": place.fresh, "room": place.room}
         how["interpret"] = layout == "interpret"
         out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, **how)
         return tuple(layer), out

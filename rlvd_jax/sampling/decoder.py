@@ -205,20 +205,18 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
     x = weights["embedding"][tokens]
     new = []
     if layout in ("gpu", "interpret"):
-        # Not split where results are summed over devices: they would send every part.
-        parts = gpu.parts_of(tokens.shape[0]) if tensor == 1 else 1
-        how = {"few": tensor == 1 and tokens.shape[0] <= gpu.FEW, "interpret": layout == "interpret"}
-        product = partial(gpu.product, **how)
-        add_norm = partial(gpu.add_norm, eps=c.rms_norm_eps, interpret=layout == "interpret")
-        y = jnp.zeros_like(x)[None]  # what the last block adds to the residual stream
+        interpret = layout == "interpret"
+        by = gpu.products_by(tokens.shape[0], c.hidden_size, c.intermediate_size // tensor, tensor)
+        product = partial(gpu.product, by=by, tensor=tensor, interpret=interpret)
+        add_norm = partial(gpu.add_norm, eps=c.rms_norm_eps, interpret=interpret)
+        y = jnp.zeros_like(x)[None]  # what the last block adds to the residual stream, in parts
         for w, layer in zip(weights["layers"], layers, strict=True):
-            x, h = add_norm(x, y, w["input_norm"], parts=parts)
-            layer, out = cache.attend(layer, layout, product(h, w["qkv"]), w["qkv_bias"], rope, heads, place, parts)
+            x, h = add_norm(x, y, w["input_norm"])
+            layer, out = cache.attend(layer, layout, product(h, w["qkv"]), w["qkv_bias"], rope, heads, place)
             new.append(layer)
             x, h = add_norm(x, _summed(product(out, w["o"]), tensor), w["post_norm"])
-            h = gpu.split(gpu.gated(h[0], w["gate_up"], **how), parts)
-            y = _summed(product(h, w["down"]), tensor)
-        return new, add_norm(x, y, weights["final_norm"])[1][0]
+            y = _summed(product(gpu.gated(h, w["gate_up"], by=by, interpret=interpret), w["down"]), tensor)
+        return new, add_norm(x, y, weights["final_norm"])[1]
     for w, layer in zip(weights["layers"], layers, strict=True):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
         layer, out = cache.attend(layer, layout, h @ w["qkv"], w["qkv_bias"], rope, heads, place)

@@ -74,7 +74,7 @@ def draw(logits, keys, temperature: float, k: int, p: float, platform: str = "cp
         token = _argmax(logits)
         return token, _log_probability(logits, token)
     vocab = logits.shape[-1]
-    if platform == "gpu" and p == 1 and 0 < k <= gpu.MOST_K and vocab > SMALL:
+    if platform == "gpu" and gpu.draws(k, p) and vocab > SMALL:
         return gpu.draw(logits, keys, temperature, k)
     scaled = logits / temperature
     every = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), scaled.shape)

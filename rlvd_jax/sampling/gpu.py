@@ -1,30 +1,31 @@
 """Kernels of the sampler for NVIDIA GPUs, in Pallas (Triton): products of few rows, attention over a paged cache,
 norms, and the draw.
 
-`few_rows` is for the tail of a batch, whose products are bound by reading weights. `attend` does in one
-pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key and value to the
-response's page, and reads every filled position once. Pages that responses share, those of their prompt, come from the
-chip's cache after the first read. `draw` reads the logits once, and of each row once more only the blocks of 128 tokens
-that can hold one of the k largest.
+`few_rows` is for the tail of a batch, whose products are bound by reading weights; hopper.py multiplies many rows.
+`attend` does in one pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key
+and value to the response's page, and reads every filled position once. Pages that responses share, those of their
+prompt, come from the chip's cache after the first read. `draw` reads the logits once, and of each row once more only
+the blocks of 64 tokens that can hold one of the k largest.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from rlvd_jax.qwen2 import hopper
 from rlvd_jax.qwen2.layers import swiglu
 
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
-BLOCK = 128  # tokens of the vocabulary that share a maximum
-PARTS = 4  # that a small batch's matrix products are split into
+BLOCK = 64  # tokens of the vocabulary that share a maximum
 PROGRAMS = 128  # of a product of few rows, at most
 LEAST_K = 384  # numbers that each of such a product's parts adds up, at least
 STAGED = 96 * 1024  # bytes of shared memory of a program, at most: a multiprocessor has 228 KiB
@@ -34,34 +35,35 @@ FEW = 64  # up to so many rows, products are bound by reading the weights, and h
 # ---- matrix products ---------------------------------------------------------------------------------
 
 
-def parts_of(rows: int) -> int:
-    """Into how many a product's sum is split so that few rows still occupy the whole chip (`few_rows`, for fewer still,
-    splits by itself). The kernel that reads the product adds the parts up, which costs it next to nothing."""
-    return PARTS if 128 <= rows <= 512 else 1
+By = Literal["few", "many", "library"]
 
 
-def product(h, w, *, few: bool = False, interpret=False):
-    """h @ w. h: [parts, rows, k / parts]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several.
-    few: by the kernel for up to FEW rows, which takes one part and may return several."""
-    parts, _, k = h.shape
-    if few:
-        return few_rows(h[0], w, interpret=interpret)
-    if parts == 1:
-        return (h[0] @ w)[None]
-    return jnp.einsum("prk,pkn->prn", h, w.reshape(parts, k, -1), preferred_element_type=jnp.float32)
+def products_by(rows: int, hidden: int, mlp: int, tensor: int) -> By:
+    """Which kernels multiply so many rows: `few_rows`, `hopper.dot`, or what XLA takes. Results of `few_rows` come in
+    parts, which are not sent to `tensor` devices that sum them."""
+    if rows <= FEW:
+        return "few" if tensor == 1 else "library"
+    return "many" if hopper.here() and hopper.takes(rows, hidden, mlp) else "library"
 
 
-def gated(h, w, *, few: bool = False, interpret=False):
-    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k]; w: [k, 2 f] → [rows, f]. few: as
-    for `product`; the activation is then no kernel of its own."""
-    if few:
+def product(h, w, *, by: By = "library", tensor: int = 1, interpret=False):
+    """h @ w. h: [rows, k]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several. by: `products_by`;
+    tensor: devices that add up results, which then have one part."""
+    if by == "few":
+        return few_rows(h, w, interpret=interpret)
+    if by == "many":
+        return hopper.dot(h, w, most_splits=1 if tensor > 1 else hopper.SPLITS)
+    return (h @ w)[None]
+
+
+def gated(h, w, *, by: By = "library", interpret=False):
+    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k]; w: [k, 2 f] → [rows, f]. by: as
+    for `product`; the kernels for few and for many rows have the activation in them."""
+    if by == "few":
         return few_rows(h, w, gated=True, interpret=interpret)[0]
+    if by == "many":
+        return hopper.gated_dot(h, w)
     return swiglu(*jnp.split(h @ w, 2, axis=-1))
-
-
-def split(h, parts: int):
-    """[rows, k] → [parts, rows, k / parts]"""
-    return h.reshape(h.shape[0], parts, -1).swapaxes(0, 1)
 
 
 def tiling(rows: int, k: int, n: int, gated=False, *, tile=None, block=None, splits=None, num_stages=None) -> dict:
@@ -148,7 +150,7 @@ def _added(ref, row, column, there, dtype):
 # Jitted, so that a kernel is traced once and not for every layer.
 @partial(
     jax.jit,
-    static_argnames=("heads", "fresh", "parts", "splits", "block", "num_warps", "num_stages", "interpret"),
+    static_argnames=("heads", "fresh", "splits", "block", "num_warps", "num_stages", "interpret"),
 )
 def attend(
     qkv,
@@ -162,7 +164,6 @@ def attend(
     heads: int,
     fresh: int = 1,
     room=None,
-    parts: int = 1,
     splits=None,
     block: int = 32,
     num_warps=None,
@@ -176,9 +177,9 @@ def attend(
     tokens one after the other; bias: of qkv's columns; rope: cos and sin, [slots * fresh, head_dim / 2] float32;
     position: [slots] int32, the first new token's, or -1 for an idle slot, which writes nothing; table: [slots, pages
     of a slot] int32; keys, values: [kv_heads, pages, page_size, head_dim], updated in place; room: [slots] int32, how
-    many of several new tokens are written, at least 1. → ([parts, slots * fresh, heads * head_dim / parts], keys,
-    values). A slot's positions are shared out over `splits` programs, by default as many as keep a whole chip busy;
-    each reads `block` positions at a time.
+    many of several new tokens are written, at least 1. → ([slots * fresh, heads * head_dim], keys, values). A slot's
+    positions are shared out over `splits` programs, by default as many as keep a whole chip busy; each reads `block`
+    positions at a time.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
     slots, rows, group = position.size, qkv.shape[1], heads // kv_heads
@@ -198,7 +199,7 @@ def attend(
         splits=splits,
     )
     if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct((parts, rows, heads * head_dim // parts), bias.dtype)]
+        out_shape = [jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype)]
     else:
         out_shape = [
             jax.ShapeDtypeStruct((splits, rows, heads * head_dim), jnp.float32),
@@ -222,7 +223,7 @@ def attend(
         total = (share * total).sum(axis=0)  # [rows, heads]
         part = part.reshape(splits, rows, heads, head_dim)
         out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(rows, -1)
-        out = [split(out.astype(bias.dtype), parts)]
+        out = [out.astype(bias.dtype)]
     return out[0], keys.reshape(shape), values.reshape(shape)
 
 
@@ -334,10 +335,7 @@ def _attend_kernel(
     most, total, out, _ = jax.lax.fori_loop(0, count, body, (most, total, out, pages(0)))
     to = start + column[None, :]
     if splits == 1:
-        width = out_refs[0].shape[2]
-        out = (out / total[:, None]).astype(out_refs[0].dtype)
-        at = out_refs[0].at[jax.lax.div(to, width), token, jax.lax.rem(to, width)]
-        plgpu.store(at, out, mask=mine)
+        plgpu.store(out_refs[0].at[token, to], (out / total[:, None]).astype(out_refs[0].dtype), mask=mine)
     else:
         plgpu.store(out_refs[0].at[part, token, to], out, mask=mine)
         for ref, x in zip(out_refs[1:], (most, total), strict=True):
@@ -348,16 +346,16 @@ def _attend_kernel(
 # ---- residual stream -------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("eps", "parts", "num_warps", "interpret"))
-def add_norm(x, y, weight, eps: float, *, parts: int = 1, num_warps=None, interpret=False):
+@partial(jax.jit, static_argnames=("eps", "num_warps", "interpret"))
+def add_norm(x, y, weight, eps: float, *, num_warps=None, interpret=False):
     """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be
-    added up; weight: [hidden]. → [rows, hidden], [parts, rows, hidden / parts]"""
+    added up; weight: [hidden]. → [rows, hidden] each"""
     rows, hidden = x.shape
-    num_warps = num_warps or (16 if rows <= FEW else 4)  # few rows have many parts: all should be on their way at once
+    num_warps = num_warps or (16 if rows <= FEW else 8)  # few rows have many parts: all should be on their way at once
     return pl.pallas_call(
         partial(_add_norm_kernel, hidden=hidden, eps=eps),
         grid=(rows,),
-        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, (parts, rows, hidden // parts))],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="add_norm",
@@ -373,19 +371,22 @@ def _add_norm_kernel(x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps
     plgpu.store(sum_ref.at[row, column], x, mask=there)
     x = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
-    width = norm_ref.shape[2]
-    norm = (x * scale * weight).astype(norm_ref.dtype)
-    plgpu.store(norm_ref.at[jax.lax.div(column, width), row, jax.lax.rem(column, width)], norm, mask=there)
+    plgpu.store(norm_ref.at[row, column], (x * scale * weight).astype(norm_ref.dtype), mask=there)
 
 
 # ---- the draw --------------------------------------------------------------------------------------
 
 
-def draw(logits, keys, temperature: float, k: int, *, interpret=False):
-    """As `filters.draw` at a temperature above 0, 1 <= k <= MOST_K, and p = 1."""
+def draws(k: int, p: float) -> bool:
+    """Whether `draw` takes these settings."""
+    return 0 < k <= MOST_K and p == 1
+
+
+def draw(logits, keys, temperature: float, k: int, *, num_warps: int = 8, interpret=False):
+    """As `filters.draw` at a temperature above 0, for what `draws` says."""
     rows, vocab = logits.shape
     blocks = -(-vocab // BLOCK)
-    at_once = 32
+    at_once = 4096 // BLOCK
     stats = [jax.ShapeDtypeStruct((rows, blocks), jnp.float32)] * 2
     most, total = pl.pallas_call(
         partial(_stats_kernel, temperature=temperature, vocab=vocab, blocks=blocks, at_once=at_once),
@@ -403,7 +404,7 @@ def draw(logits, keys, temperature: float, k: int, *, interpret=False):
             jax.ShapeDtypeStruct((rows,), jnp.float32),
             jax.ShapeDtypeStruct((rows, k + pl.next_power_of_2(blocks)), jnp.int32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="draw_top_k",
     )(logits, most, total, keys)

@@ -11,11 +11,11 @@ from functools import cached_property
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.sampling import cache, decoder
+from rlvd_jax.sampling import cache, decoder, gpu
 from rlvd_jax.sampling.books import Plan
 
 PREFILL = 8  # prompts that a device prefills at once
-MAX_SLOTS = {"plain": 1024, "tpu": 1024, "gpu": 2048, "interpret": 1024}
+MAX_SLOTS = {"plain": 1024, "tpu": 1024, "gpu": 4096, "interpret": 1024}
 SHARE = 0.92  # of a device's memory, which the sampler fills at most
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
@@ -33,9 +33,11 @@ def prefill_length(longest: int, layout: cache.Layout) -> int:
     return bucket(longest) if layout == "plain" else bucket(longest, max(128, cache.page_size(layout)), 4)
 
 
-def slots_for(responses: int) -> int:
-    """Slots for so many responses: few numbers, as programs are compiled for each."""
-    return bucket(responses) if responses <= 64 else -(-responses // 32) * 32
+def slots_for(responses: int, layout: cache.Layout) -> int:
+    """Slots for so many responses: few numbers, as programs are compiled for each; on GPUs none that their kernels for
+    few rows and for many leave out."""
+    each = 64 if layout == "gpu" else 32
+    return bucket(responses) if responses <= 64 else -(-responses // each) * each
 
 
 def weight_bytes(c: Qwen2Config, itemsize: int, tensor: int) -> float:
@@ -86,8 +88,12 @@ class Demand:
     @property
     def work(self) -> int:
         """A slot's logits in float32, and what the filters make of them: without top-k they sort the vocabulary.
-        With top-k the compiler says that little more than one copy is needed on TPUs."""
-        copies = 3 if self.layout == "tpu" and self.settings.top_k else 6
+        With top-k the compiler says that little more than one copy is needed on TPUs, and by the GPU's kernel."""
+        s = self.settings
+        if self.layout == "gpu":
+            copies = 2 if gpu.draws(s.top_k, s.top_p) else 6
+        else:
+            copies = 3 if self.layout == "tpu" and s.top_k else 6
         return copies * 4 * self.config.vocab_size
 
     @property
@@ -113,7 +119,7 @@ class Demand:
             )
         length, position, paged = self.length, self.position, self.layout != "plain"
         most = self.settings.slots or MAX_SLOTS[self.layout]
-        slots = min(slots_for(responses), most)
+        slots = min(slots_for(responses, self.layout), most)
         free -= self.prompts
         # With pages, a slot is worth having where there is room for a short response; the pool does the rest.
         each = (min(length, 256) if paged else length) * position + self.work

@@ -82,8 +82,8 @@ def sizes(slots: int, paged: bool) -> list[int]:
     and where rows of the cache have to move, a copy."""
     if not paged:
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
-    fewer = {16 * 2**i for i in range(14)} | {96 * 2**i for i in range(3, 12)}
-    return [slots, *sorted((n for n in fewer if 4 * n <= 3 * slots), reverse=True)]
+    fewer = {16, 32, 64, 128, 256, 384, 512, 768, *range(1024, slots, 512)}
+    return [slots, *sorted((n for n in fewer if 8 * n <= 7 * slots), reverse=True)]
 
 
 class Sampler:

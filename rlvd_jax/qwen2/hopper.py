@@ -1,0 +1,262 @@
+"""Matrix products of many rows on Hopper GPUs, in Pallas (Mosaic): with the MLP's activation in the product before it,
+and split over k where there are too few tiles for the chip.
+
+One warpgroup of a multiprocessor copies blocks of both matrices ahead into a ring in shared memory, two multiply them
+on the tensor cores, each its rows of the tile. Two multiprocessors of a cluster, which work on different rows, share
+what they read of the weights. Programs stay for as many tiles as fall to them, so that the next tile's blocks are on
+their way while a tile's results are written.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from rlvd_jax.qwen2.layers import swiglu
+
+try:
+    from jax.experimental.pallas import mosaic_gpu as mgpu
+except ImportError:  # where JAX comes without it, there is no such GPU
+    mgpu = None
+
+ROWS = 128  # of a tile, half of them for each of two warpgroups
+BLOCK = 64  # of k at a time: 128 bytes, the widest row that shared memory swizzles
+COPIER = 2  # the warpgroup that copies; those before it multiply
+SHARED = 226 * 1024  # bytes of shared memory that a program may take, with some left for barriers
+CHUNK = 128  # bytes of each row of a tile that are written at a time, at most
+SPLITS = 8  # parts of k, at most
+
+# Measured on an H100, for `tiling`.
+PACE = {256: 0.66e-6, 192: 0.52e-6, 128: 0.3e-6}  # seconds that a tile of so many columns takes for a block
+START = 3.2e-6  # seconds of a tile in which no block is multiplied
+PARTS_PACE = 6e12  # bytes a second of sums in parts
+
+
+class Tiling(NamedTuple):
+    columns: int  # of weights that a tile reads
+    cluster: int = 1  # multiprocessors that work on tiles of the same columns
+    splits: int = 1  # of k
+
+
+def here() -> bool:
+    """Whether the devices here are GPUs that these kernels run on."""
+    return mgpu is not None and jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+def cores() -> int:
+    """Multiprocessors of a GPU here."""
+    return jax.devices()[0].core_count
+
+
+def takes(rows: int, hidden: int, mlp: int) -> bool:
+    """Whether a layer of these sizes is multiplied here."""
+    return rows >= ROWS and hidden % BLOCK == 0 and mlp % BLOCK == 0
+
+
+def tiling(rows: int, k: int, n: int, *, gated: bool = False, most_splits: int = SPLITS) -> Tiling:
+    """The tiling that should take the least time for h [rows, k] @ w [k, n]. All programs together make as many tiles
+    at once as there are multiprocessors; a tile takes its blocks' time and what passes before and after."""
+
+    def seconds(columns: int, splits: int) -> float:
+        tiles = pl.cdiv(rows, ROWS) * pl.cdiv(n, columns) * splits
+        blocks = pl.cdiv(pl.cdiv(k, BLOCK), splits)
+        parts = 8 * rows * n * splits / PARTS_PACE if splits > 1 else 0  # written and read in float32
+        return pl.cdiv(tiles, cores()) * (blocks * PACE[columns] + START) + parts
+
+    splits = range(1, 2 if gated else 1 + min(most_splits, k // BLOCK))
+    columns, splits = min(((c, s) for c in PACE for s in splits), key=lambda x: seconds(*x))
+    # Sharing costs narrow tiles more than it brings them.
+    return Tiling(columns, 2 if columns > 128 and pl.cdiv(rows, ROWS) % 2 == 0 else 1, splits)
+
+
+def dot(h, w, *, most_splits: int = SPLITS):
+    """h @ w. h: [rows, k] bfloat16; w: [k, n] → [splits, rows, n], to be added; float32 if there are several, else
+    bfloat16."""
+    return multiply(h, [w], tiling=tiling(h.shape[0], *w.shape, most_splits=most_splits), cores=cores())[0]
+
+
+def gated_dot(h, w):
+    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k] bfloat16; w: [k, 2 f] → [rows, f]
+    bfloat16."""
+    how = tiling(h.shape[0], *w.shape, gated=True)
+    return multiply(h, [w], gated=True, tiling=how, cores=cores())[0][0]
+
+
+def gate_and_up(h, gate, up):
+    """(h @ gate, h @ up, their swiglu). h: [rows, k] bfloat16; gate, up: [k, f] → [rows, f] each, bfloat16."""
+    how = tiling(h.shape[0], h.shape[1], 2 * gate.shape[1], gated=True)
+    return [x[0] for x in multiply(h, [gate, up], gated=True, kept=True, tiling=how, cores=cores())]
+
+
+@partial(jax.jit, static_argnames=("gated", "kept", "tiling", "cores", "interpret"))
+def multiply(h, weights, *, gated: bool = False, kept: bool = False, tiling: Tiling, cores: int, interpret=False):
+    """What `dot` returns, as a list of one; gated: swiglu of the product, for weights [[k, 2 f]] or [[k, f], [k, f]];
+    kept: both products come before it."""
+    out, scratch = _plan(h, weights, gated, kept, tiling)
+    return mgpu.kernel(
+        partial(_kernel, given=len(weights), gated=gated, t=tiling),
+        out_type=[out] * (3 if kept else 1),
+        scratch_types=scratch,
+        grid=(cores // tiling.cluster,),
+        grid_names=("group",),
+        cluster=(tiling.cluster,),
+        cluster_names=("cluster",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=mgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=interpret,
+        kernel_name="gated_dot" if gated else "dot_of_many_rows",
+    )(h, *weights)
+
+
+def _plan(h, weights, gated: bool, kept: bool, t: Tiling):
+    """What a result is like, and what warpgroups share."""
+    (rows, k), n = h.shape, sum(w.shape[1] for w in weights) // (2 if gated else 1)
+    if rows < ROWS or k % BLOCK or (gated and n % BLOCK):
+        raise ValueError(f"[{rows}, {k}] @ [{k}, {n}]: not for tiles of {ROWS} rows and blocks of {BLOCK}")
+    if gated and t.splits > 1:
+        raise ValueError("swiglu needs whole sums")
+    dtype = jnp.dtype(h.dtype if t.splits == 1 else jnp.float32)
+    pieces, width = _pieces(gated, t)
+    chunk = math.gcd(width, CHUNK // dtype.itemsize)
+    written = width // chunk * (3 if kept else 1 if gated else pieces)
+    held = 2 if written % 2 == 0 else 1  # chunks of a warpgroup that are on their way
+    taken = held * ROWS * chunk * dtype.itemsize
+    stages = min(8, (SHARED - taken) // (2 * BLOCK * (ROWS + t.columns)))
+    barrier = partial(mgpu.ClusterBarrier, collective_axes=("cluster",)) if t.cluster > 1 else mgpu.Barrier
+    return jax.ShapeDtypeStruct((t.splits, rows, n), dtype), {
+        "h_blocks": _shared((stages, ROWS, BLOCK), h.dtype, math.gcd(BLOCK, width)),
+        "w_blocks": _shared((stages, pieces, BLOCK, width), h.dtype, width),
+        "results": _shared((2, held, ROWS // 2, chunk), dtype, chunk),
+        "full": mgpu.Barrier(num_arrivals=1 + pieces, num_barriers=stages),
+        "free": barrier(num_arrivals=2, num_barriers=stages),
+    }
+
+
+def _pieces(gated: bool, t: Tiling) -> tuple[int, int]:
+    """(pieces of a tile, each with sums of its own; columns of each): gate and up, or halves of a wide one."""
+    pieces = 2 if gated or t.columns > 128 else 1
+    return pieces, t.columns // pieces
+
+
+def _shared(shape, dtype, columns: int):
+    """Shared memory, swizzled for the tensor cores in rows that so many columns are a multiple of: both operands have
+    to be swizzled alike."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = mgpu.find_swizzle(8 * itemsize * columns)
+    transforms = mgpu.TilingTransform((8, swizzle // itemsize)), mgpu.SwizzleTransform(swizzle)
+    return mgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _kernel(h, *refs, h_blocks, w_blocks, results, full, free, given: int, gated: bool, t: Tiling):
+    weights, outs = refs[:given], refs[given:]
+    (rows, k), (splits, _, n) = h.shape, outs[0].shape
+    (stages, pieces, _, width), (_, held, high, chunk) = w_blocks.shape, results.shape
+    across = width if gated else t.columns  # columns of the result
+    tall, wide = pl.cdiv(rows, ROWS * t.cluster), pl.cdiv(n, across)
+    blocks, left = divmod(k // BLOCK, splits)  # of a tile: the first `left` parts of k take one more
+    # All indices are found here: what simulates kernels in jax 0.10 fails where they are asked for in branches.
+    warpgroup, member = lax.axis_index("warpgroup"), lax.axis_index("cluster")
+    group, groups = lax.axis_index("group"), lax.axis_size("group")
+    mine = lax.div(tall * wide * splits - group + groups - 1, groups)
+
+    def place(i):
+        """(first row, first column, part of k, its first block, its number of blocks) of this program's i-th tile. Rows
+        change first, so that what is read of the weights is still at hand."""
+        tile = group + i * groups
+        column, part = lax.rem(lax.div(tile, tall), wide), lax.div(tile, tall * wide)
+        row = (lax.rem(tile, tall) * t.cluster + member) * ROWS
+        count = blocks + (part < left).astype(jnp.int32) if left else blocks
+        first = part * blocks + (jnp.minimum(part, left) if left else 0)
+        return row, column * across, part, first, count
+
+    @pl.when(warpgroup == COPIER)
+    def copy():
+        mgpu.set_max_registers(40, action="decrease")
+
+        def tile(i, at):
+            row, column, _, first, count = place(i)
+
+            def block(j, at):
+                slot = lax.rem(at, stages)
+
+                @pl.when(at >= stages)
+                def _():
+                    mgpu.barrier_wait(free.at[slot])
+
+                ks = pl.ds((first + j) * BLOCK, BLOCK)
+                mgpu.copy_gmem_to_smem(h.at[pl.ds(row, ROWS), ks], h_blocks.at[slot], full.at[slot])
+                for piece in range(pieces):
+                    w = weights[piece % given]
+                    start = 0 if given > 1 else piece * (n if gated else width)
+                    mgpu.copy_gmem_to_smem(
+                        w.at[ks, pl.ds(start + column, width)],
+                        w_blocks.at[slot, piece],
+                        full.at[slot],
+                        collective_axes="cluster" if t.cluster > 1 else None,
+                    )
+                return at + 1
+
+            return lax.fori_loop(0, count, block, at)
+
+        at = lax.fori_loop(0, mine, tile, jnp.int32(0))
+
+        # Another multiprocessor must not write into this one's memory, or arrive here, once it has ended.
+        def wait(i, _):
+            mgpu.barrier_wait(free.at[lax.rem(i, stages)])
+
+        lax.fori_loop(jnp.maximum(at - stages, 0), at, wait, None)
+
+    @pl.when(warpgroup != COPIER)
+    def multiply():
+        mgpu.set_max_registers(232, action="increase")
+        above = warpgroup * high
+
+        def release(at):
+            mgpu.barrier_arrive(free.at[lax.rem(at + stages - 1, stages)])
+
+        def tile(i, at):
+            row, column, part, _, count = place(i)
+
+            def sums(*totals):
+                def block(j, at):
+                    slot = lax.rem(at, stages)
+                    mgpu.barrier_wait(full.at[slot])
+                    for piece, total in enumerate(totals):
+                        mgpu.wgmma(total, h_blocks.at[slot, pl.ds(above, high)], w_blocks.at[slot, piece])
+                    mgpu.wgmma_wait(pieces)  # all but those of this block have ended
+
+                    @pl.when(j > 0)
+                    def _():
+                        release(at)
+
+                    return at + 1
+
+                lax.fori_loop(0, count, block, at)
+                return [total[...] for total in totals]
+
+            found = pl.run_scoped(sums, *[mgpu.ACC((high, width), jnp.float32)] * pieces)
+            at = at + count
+            release(at)
+            found = [x.astype(results.dtype) for x in found]
+            if gated:
+                both, found = found, [swiglu(*found)]
+                found = both + found if len(outs) > 1 else found
+            chunks = [(i, x, start) for i, x in enumerate(found) for start in range(0, width, chunk)]
+            for nth, (i, x, start) in enumerate(chunks):
+                mgpu.wait_smem_to_gmem(held - 1, wait_read_only=True)
+                results[warpgroup, nth % held] = x[:, start : start + chunk]
+                mgpu.commit_smem()
+                out, start = (outs[i], start) if gated else (outs[0], i * width + start)
+                to = out.at[part, pl.ds(row + above, high), pl.ds(column + start, chunk)]
+                mgpu.copy_smem_to_gmem(results.at[warpgroup, nth % held], to)
+            return at
+
+        lax.fori_loop(0, mine, tile, jnp.int32(0))
+        mgpu.wait_smem_to_gmem(0)

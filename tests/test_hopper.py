@@ -1,0 +1,122 @@
+"""The products of many rows: on a Hopper GPU as they run there, elsewhere step by step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.11 on
+
+from rlvd_jax.qwen2 import hopper
+from rlvd_jax.qwen2.hopper import Tiling
+from rlvd_jax.qwen2.layers import swiglu
+from rlvd_jax.sampling import gpu
+
+NATIVE = hopper.here()
+INTERPRET = False if NATIVE else InterpretGPUParams()
+NEWER = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11) and not NATIVE,
+    reason="this jax simulates neither clusters nor what is out of bounds",
+)
+CORES = 132 if NATIVE else 3  # fewer than tiles, so that each has several
+
+
+def normal(i, *shape):
+    return jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+
+
+def multiplied(h, weights, tiling, **how):
+    return hopper.multiply(h, weights, tiling=Tiling(*tiling), cores=CORES, interpret=INTERPRET, **how)
+
+
+@pytest.mark.parametrize(
+    "rows, k, n, tiling",
+    [
+        (256, 192, 256, (128,)),
+        (256, 128, 192, (192,)),
+        (256, 640, 128, (64, 1, 3)),  # parts of k that differ
+        pytest.param(160, 128, 192, (128,), marks=NEWER),  # tiles that end beyond both
+        pytest.param(384, 128, 256, (128, 2), marks=NEWER),
+    ],
+)
+def test_products(rows, k, n, tiling):
+    h, w = normal(0, rows, k), normal(1, k, n)
+    (out,) = multiplied(h, [w], tiling)
+    splits = Tiling(*tiling).splits
+    assert out.shape == (splits, rows, n) and out.dtype == (jnp.bfloat16 if splits == 1 else jnp.float32)
+    expected = np.float32(h) @ np.float32(w)
+    np.testing.assert_allclose(np.float32(out).sum(axis=0), expected, rtol=0.01, atol=0.05 if splits == 1 else 1e-3)
+
+
+@pytest.mark.parametrize(
+    "rows, k, f, tiling",
+    [
+        (128, 128, 128, (128,)),
+        (256, 128, 192, (192,)),
+        pytest.param(192, 128, 192, (128,), marks=NEWER),
+        pytest.param(256, 128, 192, (256, 2), marks=NEWER),
+    ],
+)
+def test_the_activation_in_the_product(rows, k, f, tiling):
+    h, gate, up = normal(0, rows, k), normal(1, k, f), normal(2, k, f)
+    both = [np.float32(h) @ np.float32(w) for w in (gate, up)]
+    active = np.float32(swiglu(*(jnp.asarray(x, jnp.bfloat16) for x in both)))
+    (out,) = multiplied(h, [jnp.concatenate([gate, up], axis=1)], tiling, gated=True)
+    assert out.shape == (1, rows, f) and out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out[0]), active, rtol=0.02, atol=0.1)
+    kept = multiplied(h, [gate, up], tiling, gated=True, kept=True)
+    np.testing.assert_array_equal(*(np.float32(x) for x in (kept[2], out)))
+    for ours, theirs in zip(kept, both, strict=False):
+        np.testing.assert_allclose(np.float32(ours[0]), theirs, rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("rows", [128, 256, 384, 1024, 2048])
+@pytest.mark.parametrize("hidden, mlp, qkv", [(896, 4864, 1152), (1536, 8960, 2048), (2048, 11008, 2560)])
+def test_tilings(rows, hidden, mlp, qkv, monkeypatch):
+    """No part of k is empty, clusters have whole tiles, and few rows still occupy much of the chip."""
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    for k, n, gated in ((hidden, qkv, False), (hidden, hidden, False), (hidden, 2 * mlp, True), (mlp, hidden, False)):
+        t = hopper.tiling(rows, k, n, gated=gated)
+        high, wide = -(-rows // hopper.ROWS), -(-n // t.columns)
+        assert high % t.cluster == 0 and 1 <= t.splits <= k // hopper.BLOCK
+        assert not gated or t.splits == 1
+        assert high * wide * t.splits >= 33
+        assert hopper.tiling(rows, k, n, gated=gated, most_splits=1).splits == 1
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "cores", lambda: CORES)
+    monkeypatch.setattr(hopper, "multiply", functools.partial(hopper.multiply, interpret=INTERPRET))
+
+
+def test_what_a_step_of_the_sampler_takes(as_on_hopper):
+    h, w = normal(0, 128, 256), normal(1, 256, 384)
+    for find in (lambda **how: gpu.product(h, w, **how).sum(axis=0), lambda **how: gpu.gated(h, w, **how)):
+        ours, theirs = (np.float32(find(by=by)) for by in ("many", "library"))
+        np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=0.1)
+    assert gpu.product(h, w, by="many", tensor=2).shape == (1, 128, 384)
+
+
+@pytest.mark.skipif(not NATIVE, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tiling", [(n, cluster) for n in (256, 192, 128) for cluster in (1, 2)])
+@pytest.mark.parametrize("rows", [288, 2080])
+def test_real_sizes(rows, tiling):
+    for k, n in ((1536, 2048), (8960, 1536)):
+        h, w = normal(0, rows, k), normal(1, k, n)
+        expected = np.float32(jnp.dot(h, w, preferred_element_type=jnp.float32))
+        for splits in (1, 3):
+            (out,) = multiplied(h, [w], (*tiling, splits))
+            assert np.linalg.norm(np.float32(out).sum(axis=0) - expected) < 0.01 * np.linalg.norm(expected)
+    h, gate, up = normal(0, rows, 1536), normal(1, 1536, 8960), normal(2, 1536, 8960)
+    expected = np.float32(swiglu(h @ gate, h @ up))
+    for out in multiplied(h, [gate, up], tiling, gated=True, kept=True)[2:]:
+        assert np.linalg.norm(np.float32(out[0]) - expected) < 0.01 * np.linalg.norm(expected)
+
+
+def test_what_it_does_not_take():
+    for rows, k, n, how in ((64, 64, 64, {}), (128, 96, 64, {}), (128, 64, 128, {"gated": True, "splits": 2})):
+        tiling = (64, 1, how.pop("splits", 1))
+        with pytest.raises(ValueError, match=r"tiles of|whole sums"):
+            multiplied(normal(0, rows, k), [normal(1, k, n)], tiling, **how)
