@@ -23,7 +23,7 @@ from rlvd_jax.sampling import slots as device
 
 ROOT = Path(__file__).parents[1]
 TIED = CONFIGS["tied"]
-SETTINGS = SamplingConfig(temperature=0.9, top_k=20, top_p=0.95, max_tokens=80)
+SETTINGS = SamplingConfig(temperature=0.9, top_k=20, top_p=0.95, max_tokens=80, drafts=0)  # which tests ask for
 SEED = 3
 NEVER = (97, 98, 99)  # end tokens that are never drawn: the programs are those of three real ones
 
@@ -350,6 +350,22 @@ def test_the_last_responses_move_to_fewer_slots(sampler, requests, whole, monkey
     assert_cut(run(sampler, limited), whole, NEVER, limits.get)
     assert sizes[0] == 64
     assert sizes[-1] == 16
+
+
+def test_slots_that_stay_idle_for_want_of_pages_are_given_up(model, requests, whole, monkeypatch):
+    """A pool that holds about a third of what the slots could: the others are computed for nothing."""
+    sampler = paged(model, pages=70, slots=64)
+    waiting, decode = [], sampler_module._Run._decode
+
+    def watch(self):
+        waiting.append((self.slots, bool(self.queue or self.groups[0].waiting)))
+        return decode(self)
+
+    monkeypatch.setattr(sampler_module._Run, "_decode", watch)
+    monkeypatch.setattr(sampler_module, "PATIENCE", 3)
+    assert_same(run(sampler, requests), whole)
+    assert waiting[0] == (64, True)
+    assert (32, True) in waiting
 
 
 def test_the_context_is_a_limit(narrow):

@@ -66,5 +66,5 @@ def test_a_plan_takes_what_is_free(layout, free):
 
 def test_numbers_of_slots():
     """Few; on GPUs up to 64, or multiples of that."""
-    plans = [[demand(100, layout).plan(n, 70 * GIB).slots for n in (5, 70, 280, 10_000)] for layout in ("tpu", "gpu")]
+    plans = [[demand(100, layout).plan(n, 130 * GIB).slots for n in (5, 70, 280, 10_000)] for layout in ("tpu", "gpu")]
     assert plans == [[16, 96, 288, 1024], [16, 128, 320, 4096]]

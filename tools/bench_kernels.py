@@ -27,9 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import workloads
 
-from rlvd_jax.qwen2 import hopper
 from rlvd_jax.qwen2.layers import rope_table
-from rlvd_jax.sampling import cache, decoder, gpu
+from rlvd_jax.sampling import cache, decoder, gpu, hopper
 
 INTERPRET = jax.default_backend() != "gpu"
 CACHED = 2**16 if INTERPRET else 2**28  # bytes that no cache of the chip holds
@@ -155,7 +154,7 @@ class Product(Case):
 
         def call(h, w):
             if "tiling" in way:
-                return hopper.multiply(h, [w], gated=self.gated, tiling=way["tiling"], cores=hopper.cores())[0]
+                return hopper.multiply(h, w, gated=self.gated, tiling=way["tiling"], cores=hopper.cores())
             if self.logits:
                 return jnp.einsum("bd,vd->bv", h, w, preferred_element_type=jnp.float32)
             if way.get("few", True):

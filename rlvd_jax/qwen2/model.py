@@ -15,8 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rlvd_jax.qwen2.attention import attend
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
-from rlvd_jax.qwen2.mlp import WIDE, mlp
+from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate, swiglu
 
 
 class Weight(NamedTuple):
@@ -75,7 +74,7 @@ def _make(w: Weight, rngs: nnx.Rngs, dtype, lead=()):
     return nnx.Param((jnp.ones if w.init == "ones" else jnp.zeros)(shape, dtype))
 
 
-HEADS = "heads"  # what a layer can keep besides WIDE: queries, keys and values
+HEADS, WIDE = "heads", "wide"  # what a layer can keep: queries, keys and values; the MLP's two wide products
 
 
 def keeping(*names):
@@ -145,7 +144,8 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
         x = x + out.reshape(batch, time, -1) @ w["o"]
     with jax.named_scope("mlp"):
         h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
-        return x + mlp(h, w["gate"], w["up"], w["down"], mesh)
+        gate, up = (checkpoint_name(h @ w[name], WIDE) for name in ("gate", "up"))
+        return x + swiglu(gate, up) @ w["down"]
 
 
 class Qwen2(nnx.Module):

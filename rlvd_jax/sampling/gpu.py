@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rlvd_jax.qwen2 import hopper
 from rlvd_jax.qwen2.layers import swiglu
+from rlvd_jax.sampling import hopper
 
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take

@@ -16,6 +16,7 @@ from rlvd_jax.sampling.books import Plan
 
 PREFILL = 8  # prompts that a device prefills at once
 MAX_SLOTS = {"plain": 1024, "tpu": 1024, "gpu": 4096, "interpret": 1024}
+SHORT = {"tpu": 256, "gpu": 512, "interpret": 256}  # positions of a short response
 SHARE = 0.92  # of a device's memory, which the sampler fills at most
 WEIGHTS_SHARE = 0.6  # of a device's memory that weights may take before they are split over several
 
@@ -122,7 +123,7 @@ class Demand:
         slots = min(slots_for(responses, self.layout), most)
         free -= self.prompts
         # With pages, a slot is worth having where there is room for a short response; the pool does the rest.
-        each = (min(length, 256) if paged else length) * position + self.work
+        each = (min(length, SHORT[self.layout]) if paged else length) * position + self.work
         room = free - 2 * length * position if paged else free
         if room < slots * each:
             slots = max(1, int(room // each))

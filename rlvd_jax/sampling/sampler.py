@@ -46,6 +46,7 @@ from rlvd_jax.sampling.slots import LOG
 ROWS = 256  # responses that are started, or pages that are copied, at once
 COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
+PATIENCE = 8  # rounds in which pages are short before slots that stay idle are given up
 LEAST_GAIN = 1.1  # tokens a step, below which guessing some is given up for the rest of a call
 KEPT = 64  # rounds whose tokens are kept to guess from
 
@@ -233,6 +234,7 @@ class _Run:
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.seen = None  # tokens by position, to guess from
+        self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
 
@@ -380,15 +382,21 @@ class _Run:
     # ---- the last responses ----------------------------------------------------------------------
 
     def _shrink(self) -> None:
-        """Go on with fewer slots once nothing waits and they are enough: a step costs what its slots cost, idle or
-        not, and the longest responses go on alone for long. Pages stay where they are; rows of `plain` have to move."""
+        """Go on with fewer slots where they are enough: a step costs what its slots cost, idle or not. That is once
+        nothing waits, as the longest responses go on alone for long, and where what waits has found slots, but no
+        pages, for some time. Pages stay where they are; rows of `plain` have to move."""
         live = max(int(g.live.sum()) for g in self.groups)
+        if self.queue or any(g.waiting for g in self.groups):
+            self.kept_out = [*self.kept_out, live][-PATIENCE:] if live < self.slots else []
+            if len(self.kept_out) < PATIENCE:
+                return
+            live = min(self.slots, max(self.kept_out) * 9 // 8)
+        elif max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups) < TAIL:
+            return
         fewer = next(n for n in self.sizes[::-1] if n >= live)
-        if self.queue or any(g.waiting for g in self.groups) or fewer >= self.slots:
+        if fewer >= self.slots:
             return
-        left = max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups)
-        if left < TAIL:
-            return
+        self.kept_out = []
         rows = np.zeros((len(self.groups), fewer), np.int32)
         idle = np.ones((len(self.groups), fewer), bool)
         for d, g in enumerate(self.groups):

@@ -78,30 +78,23 @@ def tiling(rows: int, k: int, n: int, *, gated: bool = False, most_splits: int =
 def dot(h, w, *, most_splits: int = SPLITS):
     """h @ w. h: [rows, k] bfloat16; w: [k, n] → [splits, rows, n], to be added; float32 if there are several, else
     bfloat16."""
-    return multiply(h, [w], tiling=tiling(h.shape[0], *w.shape, most_splits=most_splits), cores=cores())[0]
+    return multiply(h, w, tiling=tiling(h.shape[0], *w.shape, most_splits=most_splits), cores=cores())
 
 
 def gated_dot(h, w):
     """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k] bfloat16; w: [k, 2 f] → [rows, f]
     bfloat16."""
     how = tiling(h.shape[0], *w.shape, gated=True)
-    return multiply(h, [w], gated=True, tiling=how, cores=cores())[0][0]
+    return multiply(h, w, gated=True, tiling=how, cores=cores())[0]
 
 
-def gate_and_up(h, gate, up):
-    """(h @ gate, h @ up, their swiglu). h: [rows, k] bfloat16; gate, up: [k, f] → [rows, f] each, bfloat16."""
-    how = tiling(h.shape[0], h.shape[1], 2 * gate.shape[1], gated=True)
-    return [x[0] for x in multiply(h, [gate, up], gated=True, kept=True, tiling=how, cores=cores())]
-
-
-@partial(jax.jit, static_argnames=("gated", "kept", "tiling", "cores", "interpret"))
-def multiply(h, weights, *, gated: bool = False, kept: bool = False, tiling: Tiling, cores: int, interpret=False):
-    """What `dot` returns, as a list of one; gated: swiglu of the product, for weights [[k, 2 f]] or [[k, f], [k, f]];
-    kept: both products come before it."""
-    out, scratch = _plan(h, weights, gated, kept, tiling)
+@partial(jax.jit, static_argnames=("gated", "tiling", "cores", "interpret"))
+def multiply(h, w, *, gated: bool = False, tiling: Tiling, cores: int, interpret=False):
+    """What `dot` returns, in one way of several; gated: [1, rows, f], as `gated_dot`. cores: of the chip."""
+    out, scratch = _plan(h, w, gated, tiling)
     return mgpu.kernel(
-        partial(_kernel, given=len(weights), gated=gated, t=tiling),
-        out_type=[out] * (3 if kept else 1),
+        partial(_kernel, gated=gated, t=tiling),
+        out_type=out,
         scratch_types=scratch,
         grid=(cores // tiling.cluster,),
         grid_names=("group",),
@@ -112,12 +105,12 @@ def multiply(h, weights, *, gated: bool = False, kept: bool = False, tiling: Til
         compiler_params=mgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
         kernel_name="gated_dot" if gated else "dot_of_many_rows",
-    )(h, *weights)
+    )(h, w)
 
 
-def _plan(h, weights, gated: bool, kept: bool, t: Tiling):
-    """What a result is like, and what warpgroups share."""
-    (rows, k), n = h.shape, sum(w.shape[1] for w in weights) // (2 if gated else 1)
+def _plan(h, w, gated: bool, t: Tiling):
+    """What the result is like, and what warpgroups share."""
+    (rows, k), n = h.shape, w.shape[1] // (2 if gated else 1)
     if rows < ROWS or k % BLOCK or (gated and n % BLOCK):
         raise ValueError(f"[{rows}, {k}] @ [{k}, {n}]: not for tiles of {ROWS} rows and blocks of {BLOCK}")
     if gated and t.splits > 1:
@@ -125,7 +118,7 @@ def _plan(h, weights, gated: bool, kept: bool, t: Tiling):
     dtype = jnp.dtype(h.dtype if t.splits == 1 else jnp.float32)
     pieces, width = _pieces(gated, t)
     chunk = math.gcd(width, CHUNK // dtype.itemsize)
-    written = width // chunk * (3 if kept else 1 if gated else pieces)
+    written = width // chunk * (1 if gated else pieces)
     held = 2 if written % 2 == 0 else 1  # chunks of a warpgroup that are on their way
     taken = held * ROWS * chunk * dtype.itemsize
     stages = min(8, (SHARED - taken) // (2 * BLOCK * (ROWS + t.columns)))
@@ -154,9 +147,8 @@ def _shared(shape, dtype, columns: int):
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _kernel(h, *refs, h_blocks, w_blocks, results, full, free, given: int, gated: bool, t: Tiling):
-    weights, outs = refs[:given], refs[given:]
-    (rows, k), (splits, _, n) = h.shape, outs[0].shape
+def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, t: Tiling):
+    (rows, k), (splits, _, n) = h.shape, out.shape
     (stages, pieces, _, width), (_, held, high, chunk) = w_blocks.shape, results.shape
     across = width if gated else t.columns  # columns of the result
     tall, wide = pl.cdiv(rows, ROWS * t.cluster), pl.cdiv(n, across)
@@ -193,10 +185,9 @@ def _kernel(h, *refs, h_blocks, w_blocks, results, full, free, given: int, gated
                 ks = pl.ds((first + j) * BLOCK, BLOCK)
                 mgpu.copy_gmem_to_smem(h.at[pl.ds(row, ROWS), ks], h_blocks.at[slot], full.at[slot])
                 for piece in range(pieces):
-                    w = weights[piece % given]
-                    start = 0 if given > 1 else piece * (n if gated else width)
+                    start = piece * (n if gated else width) + column
                     mgpu.copy_gmem_to_smem(
-                        w.at[ks, pl.ds(start + column, width)],
+                        w.at[ks, pl.ds(start, width)],
                         w_blocks.at[slot, piece],
                         full.at[slot],
                         collective_axes="cluster" if t.cluster > 1 else None,
@@ -244,18 +235,15 @@ def _kernel(h, *refs, h_blocks, w_blocks, results, full, free, given: int, gated
             found = pl.run_scoped(sums, *[mgpu.ACC((high, width), jnp.float32)] * pieces)
             at = at + count
             release(at)
-            found = [x.astype(results.dtype) for x in found]
-            if gated:
-                both, found = found, [swiglu(*found)]
-                found = both + found if len(outs) > 1 else found
-            chunks = [(i, x, start) for i, x in enumerate(found) for start in range(0, width, chunk)]
-            for nth, (i, x, start) in enumerate(chunks):
+            found = [x.astype(out.dtype) for x in found]
+            found = [swiglu(*found)] if gated else found
+            for i, start in enumerate(range(0, width * len(found), chunk)):
+                first = start % width
                 mgpu.wait_smem_to_gmem(held - 1, wait_read_only=True)
-                results[warpgroup, nth % held] = x[:, start : start + chunk]
+                results[warpgroup, i % held] = found[start // width][:, first : first + chunk]
                 mgpu.commit_smem()
-                out, start = (outs[i], start) if gated else (outs[0], i * width + start)
                 to = out.at[part, pl.ds(row + above, high), pl.ds(column + start, chunk)]
-                mgpu.copy_smem_to_gmem(results.at[warpgroup, nth % held], to)
+                mgpu.copy_smem_to_gmem(results.at[warpgroup, i % held], to)
             return at
 
         lax.fori_loop(0, mine, tile, jnp.int32(0))
