@@ -66,6 +66,9 @@ def test_the_youngest_give_way(group):
     assert list(group.waiting) == [(1, range(1))] and group.live.tolist() == [True, False, True, False]
     assert group.reserve > 0, "new responses leave more from now on"
     assert group.pool.left + group.held.sum() == 12
+    for _ in range(3):
+        assert group.grow(1)[1] == []
+    assert group.reserve == 0, "but not for ever"
 
 
 def test_what_waits_keeps_no_pages(group):

@@ -64,7 +64,7 @@ class Group:
         self.held = np.zeros(n, np.int64)  # pages in the slot's row of the table
         self.table = np.zeros((n, width), np.int32)
         self.pool = Pool(plan.pages)
-        self.reserve = plan.pages // RESERVE  # pages that new responses leave to those in flight
+        self.reserve = self.least = plan.pages // RESERVE  # pages that new responses leave to those in flight
         self.waiting: collections.deque[tuple[int, Sequence[int]]] = collections.deque()  # request, samples
         self.row_of: dict[int, int] = {}  # of a request's prompt among those prefilled last
         self.shared: dict[int, Shared] = {}
@@ -144,7 +144,10 @@ class Group:
             self.waiting.append((request, range(index, index + 1)))
             self.end(youngest)
             given_up.append(youngest)
+        if given_up:
             self.reserve = min(2 * self.reserve + 1, self.pages // 2)
+        else:  # what was needed when all grew at once is not needed for ever
+            self.reserve = max(self.least, self.reserve - self.reserve // 8 - 1)
         slot = np.repeat(live, need)
         nth = np.arange(len(slot)) - np.repeat(np.cumsum(need) - need, need)
         self.table[slot, self.held[slot] + nth] = self.pool.take(len(slot))
