@@ -4,6 +4,7 @@
             in several ways by `gpu.few_rows`, or above FEW rows by `hopper.multiply`, first as it is chosen
   attend    `gpu.attend` at some (slots, positions), in several ways
   norm      `gpu.add_norm`, by the number of parts that it adds up
+  draw      `gpu.draw` of the top 50 of random logits
   step      `decoder.step` at `--rows` slots and 420 positions, without `gpu.few_rows` and with it
 
 Each is run for as many layers as don't fit the chip's cache, in a loop on the device, and compared to its floor: the
@@ -103,7 +104,6 @@ def matrices(c) -> dict[str, tuple[int, int]]:
         "o": (heads, c.hidden_size),
         "gate_up": (c.hidden_size, 2 * c.intermediate_size),
         "down": (c.intermediate_size, c.hidden_size),
-        "logits": (c.hidden_size, c.vocab_size),
     }
 
 
@@ -117,13 +117,13 @@ class Case:
 
 class Product(Case):
     def __init__(self, c, name: str, rows: int):
-        self.k, self.n = matrices(c)[name]
+        self.k, self.n = (matrices(c) | {"logits": (c.hidden_size, c.vocab_size)})[name]
         super().__init__(f"{name} × {rows} rows", 2 * self.k * self.n, 2 * rows * self.k * self.n)
         self.rows, self.gated, self.logits, self.weights = rows, name == "gate_up", name == "logits", None
 
     def ways(self) -> list[dict]:
         if self.rows > gpu.FEW:
-            if self.logits:
+            if self.logits or not hopper.here():
                 return [{"few": False}]
             tiles = [hopper.Tiling(*t) for t in TILES]
             if not self.gated:
