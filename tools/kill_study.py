@@ -199,11 +199,11 @@ def kill(args: argparse.Namespace, folder: Path) -> int:
             run = Run(command, folder / f"killed-{rounds}-{kills + 1}.log", environment)
             moment = moments.uniform(0, seconds) if kills < args.kills else None
             if (status := run.wait(moment)) is None:
-                kills += 1
-                number = (signal.SIGKILL, signal.SIGTERM)[kills % 2]
+                number = (signal.SIGTERM, signal.SIGKILL)[kills % 2]
                 run.process.send_signal(number)
-                # 0: it was about to end; -SIGTERM: it had not begun to heed signals.
+                # 0: it was about to end, which is no kill; -SIGTERM: it had not begun to heed signals.
                 status = run.must_end((128 + number, -number, 0), PATIENCE)
+                kills += status != 0
             elif status != 0:
                 run.must_end((0,))
             before, kept = kept, look(disturbed)
