@@ -379,7 +379,7 @@ class _Run:
         for some in pieces(rows, np.array([nowhere, 0, 0, 0, 0, 0])):
             self.state = device.start(self.p, self.state, some, self.seed)
 
-    # ---- the last responses ----------------------------------------------------------------------
+    # ---- fewer slots -------------------------------------------------------------------------------
 
     def _shrink(self) -> None:
         """Go on with fewer slots where they are enough: a step costs what its slots cost, idle or not. That is once
