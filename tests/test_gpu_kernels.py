@@ -129,8 +129,8 @@ def test_adding_and_norm():
 )
 def test_products_of_few_rows(rows, k, n, how):
     """Sums in float32 of what lies in bfloat16; no row or column that isn't there gets in or out."""
-    h, w = normal(rows, k, dtype=jnp.bfloat16), normal(k, n, seed=1, dtype=jnp.bfloat16)
-    expected = np.float64(h) @ np.float64(w)
+    h, w = normal(rows, k, dtype=jnp.bfloat16), normal(n, k, seed=1, dtype=jnp.bfloat16)
+    expected = np.float64(h) @ np.float64(w).T
     out = gpu.few_rows(h, w, **how, interpret=INTERPRET)
     splits = how.get("splits", 4)
     assert out.shape == (splits, rows, n)
@@ -140,16 +140,16 @@ def test_products_of_few_rows(rows, k, n, how):
     if splits > 1:  # in order, each from its own positions of k
         block = how.get("block", 64)
         each = pl.cdiv(pl.cdiv(k, block), splits) * block
-        first = np.float64(h[:, :each]) @ np.float64(w[:each])
+        first = np.float64(h[:, :each]) @ np.float64(w[:, :each]).T
         np.testing.assert_allclose(np.float64(out[0]), first, rtol=1e-5, atol=1e-5 * k)
 
 
 @pytest.mark.parametrize("rows", [3, 64])
 @pytest.mark.parametrize("k, n, how", [(200, 136, {}), (256, 64, {"tile": 32, "block": 128, "num_stages": 3})])
 def test_the_activation_in_the_product(rows, k, n, how):
-    h, w = normal(rows, k, dtype=jnp.bfloat16), 0.1 * normal(k, 2 * n, seed=1)
+    h, w = normal(rows, k, dtype=jnp.bfloat16), 0.1 * normal(2 * n, k, seed=1)
     w = w.astype(jnp.bfloat16)
-    gate, up = np.split(np.float64(h) @ np.float64(w), 2, axis=1)
+    gate, up = np.split(np.float64(h) @ np.float64(w).T, 2, axis=1)
     out = gpu.few_rows(h, w, gated=True, **how, interpret=INTERPRET)
     assert out.shape == (1, rows, n) and out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(out[0]), gate / (1 + np.exp(-gate)) * up, rtol=0.03, atol=0.02)
@@ -186,7 +186,7 @@ def test_how_few_rows_are_shared_out(hidden, mlp, qkv):
 def test_who_multiplies(monkeypatch):
     """Few rows in parts, but for sums over devices; many by Hopper's kernels where they run; the others by the
     library."""
-    h, w = normal(3, 1536, dtype=jnp.bfloat16), normal(1536, 24, seed=1, dtype=jnp.bfloat16)
+    h, w = normal(3, 1536, dtype=jnp.bfloat16), normal(24, 1536, seed=1, dtype=jnp.bfloat16)
     assert gpu.product(h, w).shape == (1, 3, 24)
     assert gpu.product(h, w, by="few", interpret=INTERPRET).shape == (4, 3, 24)
     for hopper, expected in ((False, ["few", "library", "library"]), (True, ["few", "library", "many"])):

@@ -598,7 +598,8 @@ ON_FOUR = """
         sampler = Sampler(model.config, settings, (), layout=layout, devices=devices)
         sampler.load(params_of(model))
         down = sampler.weights["layers"][0]["down"]
-        assert down.addressable_shards[0].data.shape[0] == down.shape[0] // tensor
+        inputs = 1 if layout == "interpret" else 0  # the axis of them
+        assert down.addressable_shards[0].data.shape[inputs] == down.shape[inputs] // tensor
         return run(sampler, requests)
 
     requests = pickle.load(sys.stdin.buffer)

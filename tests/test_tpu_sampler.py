@@ -62,7 +62,7 @@ class Programs:
 
         model = nnx.eval_shape(lambda: Qwen2(c, param_dtype=jnp.bfloat16))
         weights = jax.eval_shape(lambda params: device.decode_weights(p, params), nnx.state(model, nnx.Param))
-        specs = jax.tree.leaves(decoder.specs(c, tensor), is_leaf=lambda x: isinstance(x, P))
+        specs = jax.tree.leaves(decoder.specs(c, tensor, layout), is_leaf=lambda x: isinstance(x, P))
         leaves, tree = jax.tree.flatten(weights)
         self.weights = tree.unflatten([self.like(x, spec) for x, spec in zip(leaves, specs, strict=True)])
         pool, slots = jax.eval_shape(device.empty, p, self.plan.slots, self.plan.pages)
@@ -183,7 +183,7 @@ def test_taking_weights_as_they_are_given_up():
     for part, paths in decoder.parts(c).items():
         count = decoder.layers_at_once(c, 2, part)
         taken = {path: of_model[path] for path in paths}
-        make = device._decode_part(mesh, c, jnp.dtype(jnp.bfloat16), part, count)
+        make = device._decode_part(mesh, c, jnp.dtype(jnp.bfloat16), "tpu", part, count)
         memory = compiled(make.trace(taken, 0)).memory_analysis()
         pieces = c.num_hidden_layers // count if part.startswith("layers/") else 1
         made += pieces * memory.output_size_in_bytes

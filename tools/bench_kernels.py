@@ -38,9 +38,10 @@ SHARED = 96  # positions of the prompt, which all slots share
 PRODUCTS = ("qkv", "o", "gate_up", "down", "logits")
 AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500)]
 
-ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
-IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
-TILES = [(columns, cluster) for columns in (256, 192, 128, 160) for cluster in (1, 2)]
+ONE_PART = [{"tile": 32}, {"tile": 128}, {"num_warps": 8}, {"num_stages": 3}]
+IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"num_warps": 2}, {"num_stages": 4}]
+TILES = [(columns, cluster) for columns in (256, 192, 128) for cluster in (1, 2)]
+GATED = [(columns, cluster) for columns in (272, 208, 144) for cluster in (1, 2)]
 ATTEND = [  # the first is how it is
     {},
     {"num_stages": 2},
@@ -97,7 +98,7 @@ def looped(calls, fixed, h, layers=()) -> float:
 
 
 def matrices(c) -> dict[str, tuple[int, int]]:
-    """Of a layer, as the decoder has them."""
+    """(inputs, outputs) of a layer's; for kernels they lie the other way."""
     heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     return {
         "qkv": (c.hidden_size, heads + 2 * kv),
@@ -125,7 +126,7 @@ class Product(Case):
         if self.rows > gpu.FEW:
             if self.logits or not hopper.here():
                 return [{"few": False}]
-            tiles = [hopper.Tiling(*t) for t in TILES]
+            tiles = [hopper.Tiling(*t) for t in (GATED if self.gated else TILES)]
             if not self.gated:
                 tiles = [t._replace(splits=max(1, round(x * self.splits(t)))) for x in (1, 0.5, 2) for t in tiles]
             ours = hopper.tiling(self.rows, self.k, self.n, gated=self.gated)
@@ -149,14 +150,13 @@ class Product(Case):
     def run(self, way: dict) -> float:
         if self.weights is None:
             number = 1 if self.logits else copies(self.bytes, 8, 28)
-            shape = (self.n, self.k) if self.logits else (self.k, self.n)
-            self.weights = [normal(i, *shape) for i in range(number)]
+            self.weights = [normal(i, self.n, self.k) for i in range(number)]
 
         def call(h, w):
             if "tiling" in way:
                 return hopper.multiply(h, w, gated=self.gated, tiling=way["tiling"], cores=hopper.cores())
             if self.logits:
-                return jnp.einsum("bd,vd->bv", h, w, preferred_element_type=jnp.float32)
+                return jnp.dot(h, w.T, preferred_element_type=jnp.float32)
             if way.get("few", True):
                 return gpu.few_rows(h, w, gated=self.gated, interpret=INTERPRET, **self.how(way))
             return gpu.gated(h, w) if self.gated else gpu.product(h, w)
@@ -263,8 +263,8 @@ class Step(Case):
         (room, _) = cache.shapes(c, layout, c.num_key_value_heads, self.slots, self.slots * pages)
         position = jnp.full(self.slots, self.positions, jnp.int32)
         place = cache.Place(position, jnp.ones(self.slots, bool), table, self.positions + 1)
-        shapes = matrices(c)
-        shapes |= {"qkv_bias": shapes["qkv"][1:], "input_norm": (c.hidden_size,), "post_norm": (c.hidden_size,)}
+        shapes = {name: (n, k) for name, (k, n) in matrices(c).items()}
+        shapes |= {"qkv_bias": shapes["qkv"][:1], "input_norm": (c.hidden_size,), "post_norm": (c.hidden_size,)}
 
         each = [{name: normal(i, *s) for name, s in shapes.items()} for i in range(c.num_hidden_layers)]
         weights = {"layers": each, "embedding": normal(1, 64, c.hidden_size), "final_norm": normal(2, c.hidden_size)}

@@ -54,6 +54,8 @@ PARTS = {
 }
 """A layer's weights here, and which of the model's they are made of."""
 
+MATRICES = tuple(f"layers/{name}" for name in ("qkv", "o", "gate_up", "down"))
+
 
 def parts(c: Qwen2Config) -> dict[str, tuple[str, ...]]:
     """The decoder's weights, those of all layers as one, and the paths in the model's state that each is made of."""
@@ -63,7 +65,13 @@ def parts(c: Qwen2Config) -> dict[str, tuple[str, ...]]:
     return {f"layers/{name}": tuple(f"layers/{s}" for s in sources) for name, sources in PARTS.items()} | top
 
 
-def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dtype, tensor: int):
+def turned(part: str, layout: cache.Layout) -> bool:
+    """Whether a part lies as [outputs, inputs]: layers' matrices do for the GPU's kernels, whose tiles may have any
+    number of outputs. CPUs multiply few rows up to twice as fast the other way."""
+    return layout in ("gpu", "interpret") and part in MATRICES
+
+
+def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dtype, tensor: int, layout: cache.Layout):
     """One of `parts` in `dtype`, or a list of it of `count` layers from `start` on, from the weights of a model's state
     that it is made of, by path (traceable)."""
 
@@ -84,7 +92,8 @@ def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dty
     if not part.startswith("layers/"):
         return sources[part].astype(dtype)
     stacks = [jax.lax.dynamic_slice_in_dim(sources[path], start, count) for path in paths]
-    return [join([stack[i].astype(dtype) for stack in stacks]) for i in range(count)]
+    made = [join([stack[i].astype(dtype) for stack in stacks]) for i in range(count)]
+    return [x.T for x in made] if turned(part, layout) else made
 
 
 def layers_at_once(c: Qwen2Config, itemsize: int, part: str) -> int:
@@ -110,7 +119,7 @@ def loading_bytes(c: Qwen2Config, itemsize: int, tensor: int, here: int) -> floa
     for part, paths in parts(c).items():
         layers = c.num_hidden_layers if part.startswith("layers/") else 1
         taken = itemsize * layers * sum(_size(c, path) for path in paths)
-        whole = spec(c, tensor, part) == P()
+        whole = spec(c, tensor, part, "plain") == P()
         new = taken / (1 if whole else tensor)
         made += new
         beside = (1 if whole else 2) * new * layers_at_once(c, itemsize, part) / layers if here > 1 else 0
@@ -119,9 +128,11 @@ def loading_bytes(c: Qwen2Config, itemsize: int, tensor: int, here: int) -> floa
     return most
 
 
-def spec(c: Qwen2Config, tensor: int, part: str) -> P:
-    """How one of `parts` is split over the mesh: columns of what reads the residual stream, rows of what adds."""
+def spec(c: Qwen2Config, tensor: int, part: str, layout: cache.Layout) -> P:
+    """How one of `parts` is split over the mesh: outputs of what reads the residual stream, inputs of what adds."""
     columns, rows = P(None, AXIS), P(AXIS)
+    if turned(part, layout):
+        columns, rows = rows, columns
     split = {"layers/qkv": columns, "layers/qkv_bias": rows, "layers/o": rows}
     split |= {"layers/gate_up": columns, "layers/down": rows}
     return split.get(part, rows if part == "lm_head" and _vocab_is_split(c, tensor) else P())
@@ -137,9 +148,9 @@ def assemble(c: Qwen2Config, made: dict) -> dict:
     return {"layers": each} | whole
 
 
-def specs(c: Qwen2Config, tensor: int) -> dict:
+def specs(c: Qwen2Config, tensor: int, layout: cache.Layout) -> dict:
     """How the decoder's weights are split over the mesh."""
-    return assemble(c, {part: spec(c, tensor, part) for part in parts(c)})
+    return assemble(c, {part: spec(c, tensor, part, layout) for part in parts(c)})
 
 
 def _vocab_is_split(c: Qwen2Config, tensor: int) -> bool:
@@ -183,6 +194,7 @@ def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, 
     x = weights["embedding"][tokens]
     layers = []
     for w in weights["layers"]:
+        w = {name: x.T if turned(f"layers/{name}", layout) else x for name, x in w.items()}
         qkv = rms_norm(x, w["input_norm"], c.rms_norm_eps) @ w["qkv"] + w["qkv_bias"]
         qkv = qkv.reshape(*tokens.shape, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[-2]) // 2], axis=-2)

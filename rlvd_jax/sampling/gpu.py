@@ -47,28 +47,28 @@ def products_by(rows: int, hidden: int, mlp: int, tensor: int) -> By:
 
 
 def product(h, w, *, by: By = "library", tensor: int = 1, interpret=False):
-    """h @ w. h: [rows, k]; w: [k, n] → [parts, rows, n], to be added; float32 if there are several. by: `products_by`;
-    tensor: devices that add up results, which then have one part."""
+    """h @ w.T. h: [rows, k]; w: [n, k] → [parts, rows, n], to be added; float32 if there are several. by:
+    `products_by`; tensor: devices that add up results, which then have one part."""
     if by == "few":
         return few_rows(h, w, interpret=interpret)
     if by == "many":
         return hopper.dot(h, w, most_splits=1 if tensor > 1 else hopper.SPLITS)
-    return (h @ w)[None]
+    return (h @ w.T)[None]
 
 
 def gated(h, w, *, by: By = "library", interpret=False):
-    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k]; w: [k, 2 f] → [rows, f]. by: as
+    """swiglu of h @ w.T, w's rows being first the gate's and then up's. h: [rows, k]; w: [2 f, k] → [rows, f]. by: as
     for `product`; the kernels for few and for many rows have the activation in them."""
     if by == "few":
         return few_rows(h, w, gated=True, interpret=interpret)[0]
     if by == "many":
         return hopper.gated_dot(h, w)
-    return swiglu(*jnp.split(h @ w, 2, axis=-1))
+    return swiglu(*jnp.split(h @ w.T, 2, axis=-1))
 
 
 def tiling(rows: int, k: int, n: int, gated=False, *, tile=None, block=None, splits=None, num_stages=None) -> dict:
-    """How `few_rows` shares out h [rows, k] @ w [k, n], or [k, 2 n], where it is left open: columns of a program, how
-    much of k it takes at a time, parts of k, blocks on their way. All programs run at once."""
+    """How `few_rows` shares out h [rows, k] @ w.T, w [n, k] or [2 n, k], where it is left open: columns of a program,
+    how much of k it takes at a time, parts of k, blocks on their way. All programs run at once."""
     tile, block = tile or 64, block or 64
     blocks = pl.cdiv(k, block)
     most = 1 if gated else max(1, min(PROGRAMS // pl.cdiv(n, tile), k // LEAST_K))
@@ -86,13 +86,13 @@ def _padded(rows: int) -> int:
 def few_rows(
     h, w, *, gated=False, tile=None, block=None, splits=None, num_warps: int = 4, num_stages=None, interpret=False
 ):
-    """h @ w for up to FEW rows: each program reads its columns of a part of w once, several blocks ahead of the tensor
-    cores. h: [rows, k]; w: [k, n] → [splits, rows, n], to be added; float32 if there are several, else of h's dtype.
+    """h @ w.T for up to FEW rows: each program reads its part of w once, several blocks ahead of the tensor cores.
+    h: [rows, k]; w: [n, k] → [splits, rows, n], to be added; float32 if there are several, else of h's dtype.
 
-    gated: w is [k, 2 n], the columns of the gate and then of up, and the result their swiglu, [1, rows, n]. tile,
-    block, splits, num_stages: by default as `tiling` has them.
+    gated: w is [2 n, k], the gate's rows and then up's, and the result their swiglu, [1, rows, n]. tile, block, splits,
+    num_stages: by default as `tiling` has them.
     """
-    (rows, k), n = h.shape, w.shape[1] // (2 if gated else 1)
+    (rows, k), n = h.shape, w.shape[0] // (2 if gated else 1)
     if rows > FEW:
         raise ValueError(f"{rows} rows; the kernel takes {FEW}")
     how = tiling(rows, k, n, gated, tile=tile, block=block, splits=splits, num_stages=num_stages)
@@ -120,9 +120,9 @@ def _few_rows_kernel(h_ref, w_ref, out_ref, *, tile, block, each, gated):
         at = (part * each + i) * block + jnp.arange(block)
         mask = (row < rows)[:, None] & (at < k)[None, :]
         h = plgpu.load(h_ref.at[row[:, None], at[None, :]], mask=mask, other=0.0)
-        mask = (at < k)[:, None] & (column < n)[None, :]
-        w = (plgpu.load(w_ref.at[at[:, None], x + column[None, :]], mask=mask, other=0.0) for x in starts)
-        return tuple(total + plgpu.dot(h, x) for total, x in zip(sums, w, strict=True))
+        mask = (column < n)[:, None] & (at < k)[None, :]
+        w = (plgpu.load(w_ref.at[x + column[:, None], at[None, :]], mask=mask, other=0.0) for x in starts)
+        return tuple(total + plgpu.dot(h, x, trans_b=True) for total, x in zip(sums, w, strict=True))
 
     blocks = pl.cdiv(k, block)
     count = each if blocks % each == 0 else jnp.minimum(each, blocks - part * each)
@@ -209,7 +209,7 @@ def attend(
     n = len(out_shape)
     *out, keys, values = pl.pallas_call(
         kernel,
-        grid=(slots, kv_heads, splits),
+        grid=(kv_heads, slots, splits),
         out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
         input_output_aliases={7: n, 8: n + 1},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
@@ -247,7 +247,7 @@ def _attend_kernel(
     splits,
 ):
     *out_refs, keys_ref, values_ref = out_refs
-    slot, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    head, slot, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, half = heads // kv_heads, head_dim // 2
     position = position_ref[slot]
     column = jnp.arange(head_dim)
@@ -309,13 +309,18 @@ def _attend_kernel(
     blocks = pl.cdiv(jnp.maximum(position, 0), block)
     each = pl.cdiv(blocks, splits)
     first_block = part * each
+    count = jnp.clip(blocks - first_block, 0, each)
 
     def positions(i):
+        # Every other head goes backwards: all programs start at once, and were they all to read the shared pages of
+        # prompts first, which come from the chip's cache, the memory would wait.
+        i = jnp.where(head % 2 == 1, count - 1 - i, i)
         return (first_block + i) * block + jnp.arange(block)
 
     def pages(i):
         index = positions(i)
-        return plgpu.load(table_ref.at[slot, jax.lax.div(index, page_size)], mask=index < position, other=0)
+        there = (index >= 0) & (index < position)
+        return plgpu.load(table_ref.at[slot, jax.lax.div(index, page_size)], mask=there, other=0)
 
     def body(i, carry):
         most, total, out, page = carry  # the page was asked for a block ago, so that keys and values can be at once
@@ -331,7 +336,6 @@ def _attend_kernel(
         out = out * shrink[:, None] + plgpu.dot(weight.astype(v.dtype), v)
         return new_most, total, out, pages(i + 1)
 
-    count = jnp.clip(blocks - first_block, 0, each)
     most, total, out, _ = jax.lax.fori_loop(0, count, body, (most, total, out, pages(0)))
     to = start + column[None, :]
     if splits == 1:

@@ -1,5 +1,6 @@
 """Matrix products of many rows on Hopper GPUs, in Pallas (Mosaic): with the MLP's activation in the product before it,
-and split over k where there are too few tiles for the chip.
+and split over k where there are too few tiles for the chip. Weights lie as [outputs, inputs]: tiles may then have any
+number of columns that is a multiple of 8, also one that shares the work out evenly.
 
 One warpgroup of a multiprocessor copies blocks of both matrices ahead into a ring in shared memory, two multiply them
 on the tensor cores, each its rows of the tile. Two multiprocessors of a cluster, which work on different rows, share
@@ -30,11 +31,14 @@ BLOCK = 64  # of k at a time: 128 bytes, the widest row that shared memory swizz
 COPIER = 2  # the warpgroup that copies; those before it multiply
 SHARED = 226 * 1024  # bytes of shared memory that a program may take, with some left for barriers
 CHUNK = 128  # bytes of each row of a tile that are written at a time, at most
+GATED_CHUNK = 72  # columns, where the tile is gated: an odd number of 16 bytes, so that 8 rows lie in different banks
 SPLITS = 8  # parts of k, at most
 
 # Measured on an H100, for `tiling`.
-PACE = {256: 0.66e-6, 192: 0.52e-6, 128: 0.3e-6}  # seconds that a tile of so many columns takes for a block
+PACE = {256: 0.66e-6, 192: 0.52e-6, 128: 0.36e-6}  # seconds that a tile of so many columns takes for a block
+GATED_PACE = {272: 0.69e-6, 208: 0.5e-6, 144: 0.33e-6}
 START = 3.2e-6  # seconds of a tile in which no block is multiplied
+EDGE = 20e-9  # seconds for each column of a gated tile: of a program's first and last, which no other covers
 PARTS_PACE = 6e12  # bytes a second of sums in parts
 
 
@@ -60,37 +64,39 @@ def takes(rows: int, hidden: int, mlp: int) -> bool:
 
 
 def tiling(rows: int, k: int, n: int, *, gated: bool = False, most_splits: int = SPLITS) -> Tiling:
-    """The tiling that should take the least time for h [rows, k] @ w [k, n]. All programs together make as many tiles
-    at once as there are multiprocessors; a tile takes its blocks' time and what passes before and after."""
+    """The tiling that should take the least time for h [rows, k] @ w.T, w [n, k]. All programs together make as many
+    tiles at once as there are multiprocessors; a tile takes its blocks' time and what passes before and after."""
+    paces = GATED_PACE if gated else PACE
 
     def seconds(columns: int, splits: int) -> float:
         tiles = pl.cdiv(rows, ROWS) * pl.cdiv(n, columns) * splits
         blocks = pl.cdiv(pl.cdiv(k, BLOCK), splits)
         parts = 8 * rows * n * splits / PARTS_PACE if splits > 1 else 0  # written and read in float32
-        return pl.cdiv(tiles, cores()) * (blocks * PACE[columns] + START) + parts
+        edge = columns * EDGE if gated else 0
+        return pl.cdiv(tiles, cores()) * (blocks * paces[columns] + START) + edge + parts
 
     splits = range(1, 2 if gated else 1 + min(most_splits, k // BLOCK))
-    columns, splits = min(((c, s) for c in PACE for s in splits), key=lambda x: seconds(*x))
+    columns, splits = min(((c, s) for c in paces for s in splits), key=lambda x: seconds(*x))
     # Sharing costs narrow tiles more than it brings them.
     return Tiling(columns, 2 if columns > 128 and pl.cdiv(rows, ROWS) % 2 == 0 else 1, splits)
 
 
 def dot(h, w, *, most_splits: int = SPLITS):
-    """h @ w. h: [rows, k] bfloat16; w: [k, n] → [splits, rows, n], to be added; float32 if there are several, else
+    """h @ w.T. h: [rows, k] bfloat16; w: [n, k] → [splits, rows, n], to be added; float32 if there are several, else
     bfloat16."""
-    return multiply(h, w, tiling=tiling(h.shape[0], *w.shape, most_splits=most_splits), cores=cores())
+    return multiply(h, w, tiling=tiling(*h.shape, len(w), most_splits=most_splits), cores=cores())
 
 
 def gated_dot(h, w):
-    """swiglu of h @ w, whose columns are first the gate's and then up's. h: [rows, k] bfloat16; w: [k, 2 f] → [rows, f]
+    """swiglu of h @ w.T, w's rows being first the gate's and then up's. h: [rows, k] bfloat16; w: [2 f, k] → [rows, f]
     bfloat16."""
-    how = tiling(h.shape[0], *w.shape, gated=True)
-    return multiply(h, w, gated=True, tiling=how, cores=cores())[0]
+    return multiply(h, w, gated=True, tiling=tiling(*h.shape, len(w), gated=True), cores=cores())[0]
 
 
 @partial(jax.jit, static_argnames=("gated", "tiling", "cores", "interpret"))
 def multiply(h, w, *, gated: bool = False, tiling: Tiling, cores: int, interpret=False):
     """What `dot` returns, in one way of several; gated: [1, rows, f], as `gated_dot`. cores: of the chip."""
+    w = w.reshape(2 if gated else 1, -1, w.shape[1])
     out, scratch = _plan(h, w, gated, tiling)
     return mgpu.kernel(
         partial(_kernel, gated=gated, t=tiling),
@@ -110,48 +116,41 @@ def multiply(h, w, *, gated: bool = False, tiling: Tiling, cores: int, interpret
 
 def _plan(h, w, gated: bool, t: Tiling):
     """What the result is like, and what warpgroups share."""
-    (rows, k), n = h.shape, w.shape[1] // (2 if gated else 1)
-    if rows < ROWS or k % BLOCK or (gated and n % BLOCK):
+    (rows, k), (pieces, n, _) = h.shape, w.shape
+    if rows < ROWS or k % BLOCK:
         raise ValueError(f"[{rows}, {k}] @ [{k}, {n}]: not for tiles of {ROWS} rows and blocks of {BLOCK}")
     if gated and t.splits > 1:
         raise ValueError("swiglu needs whole sums")
     dtype = jnp.dtype(h.dtype if t.splits == 1 else jnp.float32)
-    pieces, width = _pieces(gated, t)
-    chunk = math.gcd(width, CHUNK // dtype.itemsize)
-    written = width // chunk * (1 if gated else pieces)
-    held = 2 if written % 2 == 0 else 1  # chunks of a warpgroup that are on their way
+    width = t.columns // pieces
+    chunk = GATED_CHUNK if gated else math.gcd(width, CHUNK // dtype.itemsize)
+    held = 1 if gated else 2  # chunks of a warpgroup that are on their way
     taken = held * ROWS * chunk * dtype.itemsize
     stages = min(8, (SHARED - taken) // (2 * BLOCK * (ROWS + t.columns)))
     barrier = partial(mgpu.ClusterBarrier, collective_axes=("cluster",)) if t.cluster > 1 else mgpu.Barrier
+    results = (2, held, ROWS // 2, chunk)
     return jax.ShapeDtypeStruct((t.splits, rows, n), dtype), {
-        "h_blocks": _shared((stages, ROWS, BLOCK), h.dtype, math.gcd(BLOCK, width)),
-        "w_blocks": _shared((stages, pieces, BLOCK, width), h.dtype, width),
-        "results": _shared((2, held, ROWS // 2, chunk), dtype, chunk),
-        "full": mgpu.Barrier(num_arrivals=1 + pieces, num_barriers=stages),
+        "h_blocks": _shared((stages, ROWS, BLOCK), h.dtype),
+        "w_blocks": _shared((stages, pieces, width, BLOCK), h.dtype),
+        "results": mgpu.SMEM(results, dtype) if gated else _shared(results, dtype),
+        "full": mgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "free": barrier(num_arrivals=2, num_barriers=stages),
     }
 
 
-def _pieces(gated: bool, t: Tiling) -> tuple[int, int]:
-    """(pieces of a tile, each with sums of its own; columns of each): gate and up, or halves of a wide one."""
-    pieces = 2 if gated or t.columns > 128 else 1
-    return pieces, t.columns // pieces
-
-
-def _shared(shape, dtype, columns: int):
-    """Shared memory, swizzled for the tensor cores in rows that so many columns are a multiple of: both operands have
-    to be swizzled alike."""
+def _shared(shape, dtype):
+    """Shared memory, its rows swizzled."""
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = mgpu.find_swizzle(8 * itemsize * columns)
+    swizzle = mgpu.find_swizzle(8 * itemsize * shape[-1])
     transforms = mgpu.TilingTransform((8, swizzle // itemsize)), mgpu.SwizzleTransform(swizzle)
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, t: Tiling):
     (rows, k), (splits, _, n) = h.shape, out.shape
-    (stages, pieces, _, width), (_, held, high, chunk) = w_blocks.shape, results.shape
-    across = width if gated else t.columns  # columns of the result
-    tall, wide = pl.cdiv(rows, ROWS * t.cluster), pl.cdiv(n, across)
+    (stages, pieces, width, _), (_, held, high, chunk) = w_blocks.shape, results.shape
+    starts = [min(i, width - chunk) for i in range(0, width, chunk)]  # of what is written of a row, at a time
+    tall, wide = pl.cdiv(rows, ROWS * t.cluster), pl.cdiv(n, width)
     blocks, left = divmod(k // BLOCK, splits)  # of a tile: the first `left` parts of k take one more
     # All indices are found here: what simulates kernels in jax 0.10 fails where they are asked for in branches.
     warpgroup, member = lax.axis_index("warpgroup"), lax.axis_index("cluster")
@@ -166,7 +165,7 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
         row = (lax.rem(tile, tall) * t.cluster + member) * ROWS
         count = blocks + (part < left).astype(jnp.int32) if left else blocks
         first = part * blocks + (jnp.minimum(part, left) if left else 0)
-        return row, column * across, part, first, count
+        return row, column * width, part, first, count
 
     @pl.when(warpgroup == COPIER)
     def copy():
@@ -184,14 +183,12 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
 
                 ks = pl.ds((first + j) * BLOCK, BLOCK)
                 mgpu.copy_gmem_to_smem(h.at[pl.ds(row, ROWS), ks], h_blocks.at[slot], full.at[slot])
-                for piece in range(pieces):
-                    start = piece * (n if gated else width) + column
-                    mgpu.copy_gmem_to_smem(
-                        w.at[ks, pl.ds(start, width)],
-                        w_blocks.at[slot, piece],
-                        full.at[slot],
-                        collective_axes="cluster" if t.cluster > 1 else None,
-                    )
+                mgpu.copy_gmem_to_smem(
+                    w.at[:, pl.ds(column, width), ks],
+                    w_blocks.at[slot],
+                    full.at[slot],
+                    collective_axes="cluster" if t.cluster > 1 else None,
+                )
                 return at + 1
 
             return lax.fori_loop(0, count, block, at)
@@ -220,7 +217,8 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
                     slot = lax.rem(at, stages)
                     mgpu.barrier_wait(full.at[slot])
                     for piece, total in enumerate(totals):
-                        mgpu.wgmma(total, h_blocks.at[slot, pl.ds(above, high)], w_blocks.at[slot, piece])
+                        columns = mgpu.transpose_ref(w_blocks.at[slot, piece], (1, 0))
+                        mgpu.wgmma(total, h_blocks.at[slot, pl.ds(above, high)], columns)
                     mgpu.wgmma_wait(pieces)  # all but those of this block have ended
 
                     @pl.when(j > 0)
@@ -236,11 +234,10 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
             at = at + count
             release(at)
             found = [x.astype(out.dtype) for x in found]
-            found = [swiglu(*found)] if gated else found
-            for i, start in enumerate(range(0, width * len(found), chunk)):
-                first = start % width
+            found = swiglu(*found) if gated else found[0]
+            for i, start in enumerate(starts):
                 mgpu.wait_smem_to_gmem(held - 1, wait_read_only=True)
-                results[warpgroup, i % held] = found[start // width][:, first : first + chunk]
+                results[warpgroup, i % held] = found[:, start : start + chunk]
                 mgpu.commit_smem()
                 to = out.at[part, pl.ds(row + above, high), pl.ds(column + start, chunk)]
                 mgpu.copy_smem_to_gmem(results.at[warpgroup, i % held], to)

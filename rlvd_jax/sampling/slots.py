@@ -57,11 +57,12 @@ class Slots(NamedTuple):
 
 
 @cache
-def _decode_part(mesh: Mesh, c: Qwen2Config, dtype, part: str, count: int):
+def _decode_part(mesh: Mesh, c: Qwen2Config, dtype, layout: kv.Layout, part: str, count: int):
     """The jitted `decoder.decode_part`; of less than a program, which other settings of sampling share."""
     tensor = mesh.shape[decoder.AXIS]
-    laid_out = partial(decoder.decode_part, part=part, count=count, c=c, dtype=dtype, tensor=tensor)
-    return jax.jit(laid_out, out_shardings=NamedSharding(mesh, decoder.spec(c, tensor, part)))
+    how = {"part": part, "count": count, "c": c, "dtype": dtype, "tensor": tensor, "layout": layout}
+    sharding = NamedSharding(mesh, decoder.spec(c, tensor, part, layout))
+    return jax.jit(partial(decoder.decode_part, **how), out_shardings=sharding)
 
 
 def decode_weights(p: Program, params, give_up: bool = False) -> dict:
@@ -71,7 +72,7 @@ def decode_weights(p: Program, params, give_up: bool = False) -> dict:
     for part, sources in decoder.parts(p.config).items():
         taken = {path: of_model[path] for path in sources}
         count = decoder.layers_at_once(p.config, p.dtype.itemsize, part)
-        make = _decode_part(p.mesh, p.config, p.dtype, part, count)
+        make = _decode_part(p.mesh, p.config, p.dtype, p.layout, part, count)
         if part.startswith("layers/"):
             starts = range(0, p.config.num_hidden_layers, count)
             made[part] = [layer for start in starts for layer in make(taken, start)]
@@ -109,7 +110,7 @@ def _mapped(p: Program, run, in_specs, out_specs):
 def prefill(p: Program, weights, tokens, lengths):
     """Keys and values of prompts; tokens: [prompts, time], lengths: [prompts], split over `data`."""
     run = partial(decoder.prefill, p.config, p.tensor, p.layout)
-    specs = decoder.specs(p.config, p.tensor), P("data"), P("data")
+    specs = decoder.specs(p.config, p.tensor, p.layout), P("data"), P("data")
     return _mapped(p, run, specs, P("data", None, decoder.AXIS))(weights, tokens, lengths)
 
 
@@ -215,7 +216,7 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
         return jax.lax.while_loop(going, body, (jnp.int32(0), layers, slots, *log))[1:]
 
     by_slot, log = P("data"), P(None, "data")
-    in_specs = decoder.specs(p.config, p.tensor), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
+    in_specs = decoder.specs(p.config, p.tensor, p.layout), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
     return _mapped(p, run, in_specs, (p.cache_spec, by_slot, log, log))(
         weights, layers, slots, table, ends, wake, steps
     )
@@ -298,7 +299,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
         return layers, slots, seen, *log, gain[None]
 
     by_slot, log = P("data"), P(None, "data")
-    in_specs = decoder.specs(p.config, p.tensor), p.cache_spec, by_slot, by_slot, by_slot, P(), by_slot, P()
+    in_specs = decoder.specs(p.config, p.tensor, p.layout), p.cache_spec, by_slot, by_slot, by_slot, P(), by_slot, P()
     return _mapped(p, run, in_specs, (p.cache_spec, by_slot, by_slot, log, log, by_slot))(
         weights, layers, slots, seen, table, ends, wake, steps
     )
