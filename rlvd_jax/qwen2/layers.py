@@ -30,6 +30,28 @@ def rotate(x, table):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def heads(x, norm, weights, biases, rope, eps):
+    """Queries, keys and values of rms_norm(x, norm), the first two rotated.
+
+    x: [..., hidden]; weights: three matrices [hidden, heads · head_dim]; biases: their vectors; rope: see `rotate`. →
+    three times [..., heads, head_dim]
+    """
+    h = rms_norm(x, norm, eps)
+
+    def project(w, bias):
+        projected = h @ w + bias.astype(h.dtype)
+        return projected.reshape(*h.shape[:-1], -1, 2 * rope[0].shape[-1])
+
+    q, k, v = map(project, weights, biases)
+    return rotate(q, rope), rotate(k, rope), v
+
+
+def wide(x, norm, gate, up, eps):
+    """The MLP's two wide products of rms_norm(x, norm). x: [..., hidden]; gate, up: [hidden, mlp]"""
+    h = rms_norm(x, norm, eps)
+    return h @ gate, h @ up
+
+
 def swiglu(gate, up):
     """silu(gate) * up; the sigmoid in float32."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)

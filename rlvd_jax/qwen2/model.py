@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rlvd_jax.qwen2.attention import attend
+from rlvd_jax.qwen2 import gpu
+from rlvd_jax.qwen2.attention import attend, platform_of
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate, swiglu
+from rlvd_jax.qwen2.layers import heads, rms_norm, rope_table, swiglu, wide
 
 
 class Weight(NamedTuple):
@@ -111,7 +112,10 @@ def unstack(params: nnx.State, dtype) -> nnx.State:
     without the loop over the layers."""
 
     def each(stack):
-        return tuple(x.astype(dtype) if x.ndim == 2 else x for x in stack)
+        # At places that the compiler does not know: it puts a cast before a cut otherwise, and writes both.
+        at = jax.lax.optimization_barrier(jnp.arange(len(stack)))
+        layers = (jax.lax.dynamic_index_in_dim(stack, i, keepdims=False) for i in at)
+        return tuple(x.astype(dtype) if x.ndim == 2 else x for x in layers)
 
     params = jax.tree.map(lambda x: x, params)  # a copy, to be changed
     params["layers"] = jax.tree.map(each, params["layers"])
@@ -131,21 +135,28 @@ def layer(c: Qwen2Config, x, w, rope, segments, mesh=None, lengths=None):
     """One transformer layer; x: [batch, time, hidden]; w: this layer's weights; mesh, lengths: see `attend`."""
     w = {name: value.astype(x.dtype) if value.ndim == 2 else value for name, value in w.items()}
     batch, time, _ = x.shape
-
-    def heads(h, name):  # → [batch, time, heads, head_dim]
-        projected = h @ w[name] + w[f"{name}_bias"].astype(h.dtype)
-        return projected.reshape(batch, time, -1, c.head_dim)
-
+    eps, by_kernel = c.rms_norm_eps, _by_kernel(mesh)
+    if by_kernel:
+        # All rows in one axis, as XLA has them for products: otherwise it copies x before a product is added to it, not
+        # seeing through the change of shape that x is still needed and the sum had better be written elsewhere.
+        x, rope = x.reshape(batch * time, -1), tuple(t.reshape(batch * time, -1) for t in rope)
     with jax.named_scope("attention"):
-        h = rms_norm(x, w["input_norm"], c.rms_norm_eps)
-        q, k, v = rotate(heads(h, "q"), rope), rotate(heads(h, "k"), rope), heads(h, "v")
-        q, k, v = (checkpoint_name(x, HEADS) for x in (q, k, v))
+        weights, biases = (tuple(w[name + kind] for name in "qkv") for kind in ("", "_bias"))
+        block = x, w["input_norm"], weights, biases, rope, eps
+        x, q, k, v = gpu.heads(*block, mesh) if by_kernel else (x, *heads(*block))
+        q, k, v = (checkpoint_name(y.reshape(batch, time, -1, c.head_dim), HEADS) for y in (q, k, v))
         out = attend(q, k, v, segments, mesh, lengths)
-        x = x + out.reshape(batch, time, -1) @ w["o"]
+        x = x + out.reshape(*x.shape[:-1], -1) @ w["o"]
     with jax.named_scope("mlp"):
-        h = rms_norm(x, w["post_norm"], c.rms_norm_eps)
-        gate, up = (checkpoint_name(h @ w[name], WIDE) for name in ("gate", "up"))
-        return x + swiglu(gate, up) @ w["down"]
+        block = x, w["post_norm"], w["gate"], w["up"], eps
+        x, gate, up = gpu.wide(*block, mesh) if by_kernel else (x, *wide(*block))
+        gate, up = (checkpoint_name(x, WIDE) for x in (gate, up))
+        return (x + swiglu(gate, up) @ w["down"]).reshape(batch, time, -1)
+
+
+def _by_kernel(mesh) -> bool:
+    """Whether `gpu` has what goes into a layer's blocks: on GPUs, unless heads and the MLP's columns are split."""
+    return platform_of(mesh) == "gpu" and (mesh is None or mesh.shape["tensor"] == 1)
 
 
 class Qwen2(nnx.Module):
