@@ -1,10 +1,6 @@
 """What goes into a layer's blocks on GPUs against the plain form: on a GPU as it runs there, elsewhere step by step."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from training_helpers import CONFIG, params
+from training_helpers import CONFIG, params, run_on_four_devices
 
 from rlvd_jax.config import MeshConfig, OptimizerConfig
 from rlvd_jax.qwen2 import Qwen2, gpu, layers, model
@@ -202,15 +198,7 @@ MESHES = {"data": 4}, {"data": 2, "fsdp": 2}, {"fsdp": 4}, {"data": 2, "tensor":
 
 def test_several_devices():
     """Simulated ones, in another process: each has its own rows, and weights are whole or split."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    out = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert out.returncode == 0, out.stderr
+    run_on_four_devices(__file__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 """The loss's kernel for GPUs against plain arithmetic: on a GPU as it runs there, elsewhere step by step."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
+from training_helpers import run_on_four_devices
 
 from rlvd_jax.config import MeshConfig
 from rlvd_jax.qwen2.mesh import make_mesh
@@ -191,15 +188,7 @@ def test_several_gpus():
 
 def test_several_devices():
     """Simulated ones, in another process: each reads its own rows."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    out = subprocess.run(
-        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert out.returncode == 0, out.stderr
+    run_on_four_devices(__file__)
 
 
 if __name__ == "__main__":

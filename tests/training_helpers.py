@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,6 +26,18 @@ from rlvd_jax.sampling import Sampler
 from rlvd_jax.training import grpo, sft
 from rlvd_jax.training.batches import Example
 from rlvd_jax.training.step import Trainer
+
+
+def run_on_four_devices(script: str) -> None:
+    """Run a test's file in another process, on simulated devices."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
+    assert out.returncode == 0, out.stderr
+
 
 CONFIG = Qwen2Config(
     vocab_size=24,
