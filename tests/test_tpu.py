@@ -14,8 +14,8 @@ from rlvd_jax import targets
 from rlvd_jax.config import GRPOConfig, MeshConfig, SFTConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2Config
-from rlvd_jax.qwen2.attention import attend
-from rlvd_jax.qwen2.mesh import BATCH, make_mesh
+from rlvd_jax.qwen2.attention import BATCH, attend
+from rlvd_jax.qwen2.mesh import make_mesh
 from rlvd_jax.target_plan import largest_batch
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.step import Trainer

@@ -38,8 +38,8 @@ SHARED = 96  # positions of the prompt, which all slots share
 PRODUCTS = ("qkv", "o", "gate_up", "down", "logits")
 AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500)]
 
-ONE_PART = [{"tile": 32}, {"tile": 128}, {"num_warps": 8}, {"num_stages": 3}]
-IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"num_warps": 2}, {"num_stages": 4}]
+ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
+IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
 TILES = [(columns, cluster) for columns in (256, 192, 128) for cluster in (1, 2)]
 GATED = [(columns, cluster) for columns in (272, 208, 144) for cluster in (1, 2)]
 ATTEND = [  # the first is how it is

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+BATCH = PartitionSpec(("data", "fsdp"))  # how rows are split over the mesh, see mesh.py
+
 
 def attend(q, k, v, segments, mesh: Mesh | None = None, lengths=None):
     """Causal grouped-query attention inside segments.
@@ -107,9 +109,8 @@ def on_each_device(kernel, q, k, v, segments, mesh: Mesh):
     split = heads % tensor == 0
     if split and kv_heads % tensor:
         k, v = (jnp.repeat(x, math.lcm(kv_heads, tensor) // kv_heads, axis=2) for x in (k, v))
-    rows = PartitionSpec(("data", "fsdp"))
-    each = PartitionSpec(*rows, None, "tensor" if split else None)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=(each, each, each, rows), out_specs=each, check_vma=False)(
+    each = PartitionSpec(*BATCH, None, "tensor" if split else None)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(each, each, each, BATCH), out_specs=each, check_vma=False)(
         q, k, v, segments
     )
 

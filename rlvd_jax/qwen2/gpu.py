@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh, PartitionSpec
 
 from rlvd_jax.qwen2 import layers
-from rlvd_jax.qwen2.attention import alone
+from rlvd_jax.qwen2.attention import BATCH, alone
 
 ROWS = 32  # of a program, one after the other
 WARPS = 8  # of a program; four of them run on a multiprocessor at once
@@ -90,9 +90,8 @@ def _through_norm(x, norm, to_h, to_x, eps: float, mesh: Mesh | None):
     """`norm_backward` on each device of its own rows, its parts added: the compiler cannot split a kernel by itself."""
     kernel = partial(norm_backward, eps=eps)
     if not alone(mesh):
-        rows = PartitionSpec(("data", "fsdp"))  # as mesh.py has them
-        specs = rows, PartitionSpec(), rows, rows
-        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        specs = BATCH, PartitionSpec(), BATCH, BATCH
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=BATCH, check_vma=False)
     h, to_x, to_norm = kernel(x, norm, to_h, to_x)
     return h, to_x, to_norm.sum(axis=0).astype(norm.dtype)
 

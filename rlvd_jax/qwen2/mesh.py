@@ -18,7 +18,6 @@ from rlvd_jax.qwen2.model import layer_weights, top_weights
 
 AXES = ("data", "fsdp", "tensor")
 RULES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:

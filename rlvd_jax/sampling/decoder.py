@@ -54,8 +54,6 @@ PARTS = {
 }
 """A layer's weights here, and which of the model's they are made of."""
 
-MATRICES = tuple(f"layers/{name}" for name in ("qkv", "o", "gate_up", "down"))
-
 
 def parts(c: Qwen2Config) -> dict[str, tuple[str, ...]]:
     """The decoder's weights, those of all layers as one, and the paths in the model's state that each is made of."""
@@ -65,10 +63,10 @@ def parts(c: Qwen2Config) -> dict[str, tuple[str, ...]]:
     return {f"layers/{name}": tuple(f"layers/{s}" for s in sources) for name, sources in PARTS.items()} | top
 
 
-def turned(part: str, layout: cache.Layout) -> bool:
-    """Whether a part lies as [outputs, inputs]: layers' matrices do for the GPU's kernels, whose tiles may have any
-    number of outputs. CPUs multiply few rows up to twice as fast the other way."""
-    return layout in ("gpu", "interpret") and part in MATRICES
+def turned(layout: cache.Layout) -> bool:
+    """Whether layers' matrices lie as [outputs, inputs]: they do for the GPU's kernels, whose tiles may have any number
+    of outputs. CPUs multiply few rows up to twice as fast the other way."""
+    return layout in ("gpu", "interpret")
 
 
 def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dtype, tensor: int, layout: cache.Layout):
@@ -93,7 +91,7 @@ def decode_part(sources: dict, start, part: str, count: int, c: Qwen2Config, dty
         return sources[part].astype(dtype)
     stacks = [jax.lax.dynamic_slice_in_dim(sources[path], start, count) for path in paths]
     made = [join([stack[i].astype(dtype) for stack in stacks]) for i in range(count)]
-    return [x.T for x in made] if turned(part, layout) else made
+    return [x.T for x in made] if turned(layout) else made
 
 
 def layers_at_once(c: Qwen2Config, itemsize: int, part: str) -> int:
@@ -130,12 +128,11 @@ def loading_bytes(c: Qwen2Config, itemsize: int, tensor: int, here: int) -> floa
 
 def spec(c: Qwen2Config, tensor: int, part: str, layout: cache.Layout) -> P:
     """How one of `parts` is split over the mesh: outputs of what reads the residual stream, inputs of what adds."""
-    columns, rows = P(None, AXIS), P(AXIS)
-    if turned(part, layout):
-        columns, rows = rows, columns
-    split = {"layers/qkv": columns, "layers/qkv_bias": rows, "layers/o": rows}
-    split |= {"layers/gate_up": columns, "layers/down": rows}
-    return split.get(part, rows if part == "lm_head" and _vocab_is_split(c, tensor) else P())
+    first, second = P(AXIS), P(None, AXIS)
+    outputs, inputs = (first, second) if turned(layout) else (second, first)
+    split = {"layers/qkv": outputs, "layers/qkv_bias": first, "layers/o": inputs}
+    split |= {"layers/gate_up": outputs, "layers/down": inputs}
+    return split.get(part, first if part == "lm_head" and _vocab_is_split(c, tensor) else P())
 
 
 def assemble(c: Qwen2Config, made: dict) -> dict:
@@ -194,7 +191,7 @@ def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, 
     x = weights["embedding"][tokens]
     layers = []
     for w in weights["layers"]:
-        w = {name: x.T if turned(f"layers/{name}", layout) else x for name, x in w.items()}
+        w = jax.tree.map(jnp.transpose, w) if turned(layout) else w
         qkv = rms_norm(x, w["input_norm"], c.rms_norm_eps) @ w["qkv"] + w["qkv_bias"]
         qkv = qkv.reshape(*tokens.shape, -1, c.head_dim)
         q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[-2]) // 2], axis=-2)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlvd_jax.qwen2.attention import alone, platform_of
-from rlvd_jax.qwen2.mesh import BATCH
+from rlvd_jax.qwen2.attention import BATCH, alone, platform_of
 from rlvd_jax.training import gpu
 
 LOGITS_AT_ONCE = 2**28  # elements of the one block of logits that exists at a time on a device: 1 GiB in float32

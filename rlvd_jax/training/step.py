@@ -19,6 +19,7 @@ from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
+from rlvd_jax.qwen2.attention import BATCH
 from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, restack, unstack
 from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
@@ -110,7 +111,7 @@ class Trainer:
         self.rate, self.optimizer = learning_rate(optimizer), make_optimizer(optimizer)
         self.batch_shards = mesh.shape["data"] * mesh.shape["fsdp"]
         self.whole = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec(None, *mesh_rules.BATCH))
+        self.split = NamedSharding(mesh, PartitionSpec(None, *BATCH))
         self.shardings = self._state_shardings(config, params)
         self.abstract_state = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
