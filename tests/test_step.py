@@ -201,7 +201,7 @@ def test_shapes_are_compiled_once_and_nothing_is_transferred_implicitly(policy):
             examples = tiny.examples(9 + 2 * seed, seed, policy=True)
             state, metrics = policy.update(state, policy.place(batch_of(examples)))
         metrics = jax.device_get(metrics)
-    assert policy.update._cache_size() - before <= 1, "always 16 micro-batches"
+    assert policy.update._cache_size() - before <= 1, "always 128 micro-batches"
     assert int(state.step) == 6
 
 
@@ -283,7 +283,7 @@ def reduced(unroll):
     """`tiny.all_reduced` of an update on four devices, each of which has all weights."""
     trainer = Trainer(tiny.CONFIG, jnp.float32, make_mesh(MeshConfig(), jax.devices()[:4]), PLAIN, unroll=unroll)
     batch = batch_of(tiny.examples(21), shards=4)
-    assert len(batch["tokens"]) == 16, "micro-batches"
+    assert len(batch["tokens"]) == 32, "micro-batches"
     return tiny.all_reduced(targets.compile_update(trainer, batch).as_text())
 
 

@@ -52,14 +52,14 @@ def test_else_the_weights_are_split_over_all_devices(config, devices, axes, said
 def test_the_largest_batch_of_an_update():
     grpo = GRPOConfig(start="m", problems="p")
     batch = largest_batch(grpo, 4256, 16)
-    assert batch["tokens"].shape == (64, 16, 4352)  # 280 rows of one response, in 18 micro-batches: 64 is their bound
+    assert batch["tokens"].shape == (32, 16, 4352)  # 280 rows of one response, in 18 micro-batches: 32 is their bound
     assert set(batch) == {"tokens", "positions", "segments", "weight", "advantage", "logp", "used"}
     assert (batch["segments"] > 0).sum() == 280 * 4256
     several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1, "micro_rows": 4}), 4256, 16)
-    assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (16, 64, 4352)
+    assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (8, 64, 4352)
     lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, 16)
     assert lent["drawn"].shape == batch["tokens"].shape and set(lent) == {*batch, "drawn"}
-    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 16)["tokens"].shape == (16, 16, 8192)
+    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 16)["tokens"].shape == (32, 16, 8192)
     sft = SFTConfig(student="m", teacher="t", problems="p")
     assert largest_batch(sft, 4256, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
     assert largest_batch(sft, 4256, 1)["tokens"].shape == (1, 1, 24576)  # ... one row all four
@@ -165,7 +165,7 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     assert rows["sample base on test"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
     assert rows["train pupil"][-2:] == rows["train other"][-2:] == ["4.0 GiB", "yes, rows of 6,144 tokens"]
     assert len(said) == len(peaks["batches"]) == 2, "two SFT steps are one program"
-    assert peaks["batches"] == [(256, 4, 4352), (1, 4, 6144)]
+    assert peaks["batches"] == [(128, 4, 4352), (1, 4, 6144)]
 
 
 @needs_libtpu

@@ -13,10 +13,11 @@ One layout serves GRPO and SFT. A batch is a dict of arrays [micro, rows, T], T 
     used       int32 [] how many of the micro-batches hold anything
 
 The loss is the sum over tokens of weight × term, and weights come from the whole batch, so neither micro-batches nor
-devices change the normalisation. Compiled shapes are few: the micro axis is 1, 16, 64, 256, … (the step's loop ends
-at `used`, so empty micro-batches cost nothing) and T is the row length asked for, or, where a batch fits one
-micro-batch of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number on each device
-is 2^k.
+devices change the normalisation. Compiled shapes are few: the micro axis is 1, or has room for 128 rows, 512, 2,048, …
+(the step's loop ends at `used`, so empty micro-batches cost nothing), and T is the row length asked for, or, where a
+batch fits one micro-batch of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number
+on each device is 2^k. Of several micro-batches no row holds more than 16 examples, or 64, 256, … where that would take
+too many more rows: attention on GPUs is compiled for a number of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import numpy as np
 
 from rlvd_jax.errors import UserError
 
+ROWS = 128  # that there is room for where there are several micro-batches
+EXAMPLES = 16  # of a row at most, then
 LEAST_ROW = 128  # the shortest row worth a compilation of its own, and what attention kernels like to divide by
 
 
@@ -65,11 +68,13 @@ def token_weights(lengths, normalise: str, max_tokens: int | None = None) -> np.
     return weights.astype(np.float32)
 
 
-def first_fit_decreasing(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def first_fit_decreasing(lengths: Sequence[int], row_tokens: int, most: int | None = None) -> list[list[int]]:
     """Examples of each row: the longest first, each into the first row with room (at most 11/9 of the fewest
-    rows possible, and one). Equal lengths keep their order, so the result is a function of `lengths` alone."""
+    rows possible, and one). Equal lengths keep their order, so the result is a function of `lengths` alone.
+
+    most: examples of a row; None: as many as fit."""
     rows: list[list[int]] = []
-    room = np.zeros(len(lengths), np.int64)
+    room = np.zeros(len(lengths), np.int64)  # none where a row has `most`
     for i in np.argsort(-np.asarray(lengths, np.int64), kind="stable"):
         fits = np.flatnonzero(room[: len(rows)] >= lengths[i])
         row = int(fits[0]) if len(fits) else len(rows)
@@ -77,7 +82,7 @@ def first_fit_decreasing(lengths: Sequence[int], row_tokens: int) -> list[list[i
             rows.append([])
             room[row] = row_tokens
         rows[row].append(int(i))
-        room[row] -= lengths[i]
+        room[row] = 0 if len(rows[row]) == most else room[row] - lengths[i]
     return rows
 
 
@@ -94,7 +99,8 @@ def _row_sizes(least: int, most: int):
 
 def arrange(lengths: Sequence[int], row_tokens: int, rows: int) -> tuple[int, list[list[int]]]:
     """(T, the examples of each row): the shortest rows of which one micro-batch of `rows` holds everything, or else,
-    and where `rows` is 0, as many rows of `row_tokens` as it takes."""
+    and where `rows` is 0, as many rows of `row_tokens` as it takes, or up to an eighth more with at most EXAMPLES · 4^k
+    in each, for the least such k."""
     if max(lengths, default=0) > row_tokens:
         raise UserError(
             f"a prompt with its response has {max(lengths)} tokens, more than a training row holds ({row_tokens}): "
@@ -104,7 +110,11 @@ def arrange(lengths: Sequence[int], row_tokens: int, rows: int) -> tuple[int, li
     for size in _row_sizes(min(least, row_tokens), row_tokens):
         packed = first_fit_decreasing(lengths, size)
         if len(packed) <= rows:
-            break
+            return size, packed
+    room, most = -(-len(packed) * 9 // 8), EXAMPLES
+    while max(map(len, packed), default=0) > most:
+        few = first_fit_decreasing(lengths, size, most)
+        packed, most = (few, most) if len(few) <= room else (packed, 4 * most)
     return size, packed
 
 
@@ -126,7 +136,7 @@ def pack(
     used = -(-len(packed) // rows)
     micro = 1
     while micro < max(used, 1 + several):
-        micro = max(16, 4 * micro)
+        micro = 4 * micro if micro > 1 else max(2, ROWS // rows)
     shape = micro * rows, size
     keys = [k for k in ("advantage", "logp", "drawn") if examples and getattr(examples[0], k) is not None]
     batch = {k: np.zeros(shape, np.int32) for k in ("tokens", "positions", "segments")}
