@@ -85,18 +85,18 @@ def test_seeds_differ_by_seed_purpose_and_step():
     assert len(seeds) == 300 and all(0 <= s < 2**64 for s in seeds)
 
 
-def test_groups_are_graded_as_they_end_and_in_order():
+def test_groups_are_graded_and_in_order():
     useful, drawn, _, rollouts = practise([2, 0, 4])
     assert useful == drawn and [len(g.completions) for g in drawn] == [4, 4, 4]
     assert [g.question for g in drawn] == [grpo.question_at(p, 5, 7) for p in range(3)]
     assert [[c.sample for c in g.completions] for g in drawn] == [[0, 1, 2, 3]] * 3
     assert [g.correct.tolist() for g in drawn] == [[True, True, False, False], [False] * 4, [True] * 4]
-    assert rollouts.grader.submissions == 3 and {"sample", "grade"} <= set(rollouts.seconds)
+    assert rollouts.grader.submissions == 12 and {"sample", "grade"} <= set(rollouts.seconds)
     for g in drawn:
         assert g.texts == [tiny.decode(c.tokens) for c in g.completions]
 
 
-def test_a_group_is_graded_while_others_are_sampled():
+def test_a_response_is_graded_while_others_are_sampled():
     grader, submitted = tiny.Grader(), []
 
     class Watched(Script):
@@ -107,7 +107,7 @@ def test_a_group_is_graded_while_others_are_sampled():
 
     rollouts = grpo.Rollouts(grader, tiny.decode, Interruption())
     rollouts.draw(Watched([2, 0, 4]), tiny.questions(), [(q, range(4)) for q in range(3)], 0)
-    assert submitted == [0] * 4 + [1] * 4 + [2] * 4 and grader.submissions == 3
+    assert submitted == list(range(12)) and grader.submissions == 12
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -447,9 +447,9 @@ def test_the_weights_of_the_best_step_are_returned(tmp_path, samplers):
     class Worse(tiny.Grader):
         def submit(self, pairs):
             future = super().submit(pairs)
-            if len(pairs) == 2:  # an evaluation's group
+            if samplers[1].weights is not None:  # an evaluation's
                 for v in future.result():
-                    v.correct = self.submissions <= 3
+                    v.correct = self.submissions <= 6
             return future
 
     weights, done = tiny.run_grpo(tmp_path, samplers=samplers, grader=Worse())
@@ -472,8 +472,8 @@ def test_going_on_from_the_end_changes_nothing(whole, samplers):
     assert tiny.same(weights, whole[0]) and done == whole[1] and grader.submissions == 0
 
 
-# The grader's 27 submissions: 3 for the evaluation at 0, 3 for each of steps 1 and 2, 3 for the evaluation at 2, 3 for
-# each of steps 3 and 4, … The 14th is in the middle of sampling step 3, after the checkpoint of step 2.
+# The grader's 84 submissions: 6 for the evaluation at 0, 12 for each of steps 1 and 2, 6 for the evaluation at 2, 12
+# for each of steps 3 and 4, … The 40th is in the middle of sampling step 3, after the checkpoint of step 2.
 
 
 def assert_same_run(directory, whole, samplers, submissions=None):
@@ -490,20 +490,20 @@ def assert_same_run(directory, whole, samplers, submissions=None):
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, whole, samplers):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, tiny.__file__, "grpo", tmp_path, "14"]
+    command = [sys.executable, tiny.__file__, "grpo", tmp_path, "40"]
     out = subprocess.run(command, env=environment, capture_output=True)
     assert out.returncode == -9, out.stderr.decode()
     assert_same_run(tmp_path, whole, samplers)
 
 
 @pytest.mark.parametrize("name, raised", [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)])
-@pytest.mark.parametrize("at", [2, 8, 14])
+@pytest.mark.parametrize("at", [4, 22, 40])
 def test_a_run_that_is_told_to_stop_goes_on(tmp_path, whole, samplers, name, raised, at):
     with pytest.raises(raised) as error:
         tiny.run_grpo(tmp_path, samplers=samplers, grader=tiny.Grader(tiny.at(at, name)))
     assert raised is KeyboardInterrupt or error.value.code == 128 + 15
-    finished = {2: 0, 8: 6, 14: 12}[at]  # the submissions before the step's own are not made again
-    assert_same_run(tmp_path, whole, samplers, 27 - finished)
+    finished = {4: 0, 22: 18, 40: 36}[at]  # the submissions before the step's own are not made again
+    assert_same_run(tmp_path, whole, samplers, 84 - finished)
 
 
 def test_more_steps_go_on_and_other_settings_do_not(tmp_path, samplers):

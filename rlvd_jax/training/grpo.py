@@ -1,12 +1,12 @@
 """GRPO: sample responses to questions, grade them, make the better ones of each group likelier, again and again.
 
-One step: the sampler answers `questions` questions `samples` times each; the grader judges a group as soon as its last
-response has ended, while the device goes on sampling; rewards become advantages within each group; all
-responses are packed into one batch, and one optimiser step is made on it (`updates` steps, on the very same batch, as
-PPO's epochs and TRL's num_iterations). Where there are several processes each samples and grades its share of every
-group, then all get the others' and pack the same batch. Every draw is a function of the seed, the step, the question
-and the sample number, and the order of the questions of the seed alone, so a run that was killed goes on from its last
-checkpoint to the very same weights.
+One step: the sampler answers `questions` questions `samples` times each; the grader judges a response as soon as it has
+ended, while the device goes on sampling; rewards become advantages within each group; all responses are packed into one
+batch, and one optimiser step is made on it (`updates` steps, on the very same batch, as PPO's epochs and TRL's
+num_iterations). Where there are several processes each samples and grades its share of every group, then all get the
+others' and pack the same batch. Every draw is a function of the seed, the step, the question and the sample number, and
+the order of the questions of the seed alone, so a run that was killed goes on from its last checkpoint to the very same
+weights.
 
 Two settings change what a question without a correct response teaches: `hard_samples` draws it again, and `solved_by`
 puts a correct response of another model in its group. What the step reports of the policy's responses is always of the
@@ -154,22 +154,21 @@ class Rollouts:
             Request(questions.prompts[q], question_key(questions.problems[q].id), shares[i])
             for q, i in zip(asked, mine, strict=True)
         ]
-        groups = [Group(q, [], [], np.zeros(len(s), bool)) for (q, _), s in zip(wanted, shares, strict=True)]
-        verdicts = {}
+        graded = [[] for _ in wanted]  # of each group: completions, texts and verdicts to come
         with self.timed("sample"), suppress(Stopped), closing(sampler.sample(requests, seed)) as completions:
             for completion in completions:
                 self.interruption.check()
                 i = mine[completion.request]
-                group, gold = groups[i], questions.problems[groups[i].question].answer
-                group.completions.append(completion)
-                if len(group.completions) == len(group.correct):
-                    group.completions.sort(key=lambda c: c.sample)
-                    group.texts = [self.decode(c.tokens) for c in group.completions]
-                    verdicts[i] = self.grader.submit([(gold, text) for text in group.texts])
+                text = self.decode(completion.tokens)
+                verdict = self.grader.submit([(questions.problems[wanted[i][0]].answer, text)])
+                graded[i].append((completion, text, verdict))
         self.interruption.agree()
+        groups = []
         with self.timed("grade"):  # what is left of it once the last response has ended
-            for i, verdict in verdicts.items():
-                groups[i].correct[:] = [v.correct for v in verdict.result()]
+            for (q, _), rows in zip(wanted, graded, strict=True):
+                rows.sort(key=lambda row: row[0].sample)
+                correct = [verdict.result()[0].correct for _, _, verdict in rows]
+                groups.append(Group(q, [c for c, _, _ in rows], [t for _, t, _ in rows], np.array(correct, bool)))
         return groups
 
     def exchange(self, groups: list[Group]) -> list[Group]:
