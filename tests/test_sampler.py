@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.sampling import Request, Sampler, decoder, gpu
 from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.books import Group, Plan
 
 ROOT = Path(__file__).parents[1]
 TIED = CONFIGS["tied"]
@@ -494,6 +496,27 @@ def test_products_of_more_rows_with_pages(model, requests, whole, monkeypatch):
     ours = run(paged(model, slots=11), requests)  # a number that no other test has a program for
     assert_same(ours, {key: whole[key] for key in ours})
     assert set(taken) == {"library"}
+
+
+def test_groups_share_the_last_responses_evenly(monkeypatch):
+    """56 requests of 10 for two groups with more slots than that takes, prompts prefilled eight at a time; then more
+    requests than there are slots."""
+    for slots, expected in ((320, [280, 280]), (160, [160, 160])):
+        plan = Plan(slots, 128, 0)
+        run = object.__new__(sampler_module._Run)
+        run.s, run.p = SimpleNamespace(layout="plain", weights=None), None
+        run.groups = [Group(plan, 128, 1), Group(plan, 128, 1)]
+        run.requests = [Request((1, 2), i, tuple(range(10))) for i in range(56)]
+        run.queue = deque((i, range(10)) for i in range(56))
+        monkeypatch.setattr(run, "_put", lambda x: x)
+        monkeypatch.setattr(device, "prefill", lambda *_: None)
+        while run._prefill_next():
+            for g in run.groups:
+                assert len(g.waiting) <= 8
+                for request, samples in g.waiting:
+                    g.occupant[np.flatnonzero(~g.live)[:10]] = [(request, i) for i in samples]
+                g.waiting.clear()
+        assert [int(g.live.sum()) for g in run.groups] == expected
 
 
 def test_a_pool_that_runs_dry(model, requests, whole):

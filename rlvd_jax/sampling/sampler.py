@@ -333,14 +333,15 @@ class _Run:
 
     def _prefill_next(self) -> bool:
         """Prefill the prompts of the next samples for groups with free slots; False if there are none."""
+        held = [int(g.live.sum()) + sum(len(s) for _, s in g.waiting) for g in self.groups]
+        # Of what has not ended a group takes its share, so that the last responses are spread evenly.
+        share = -(-(sum(held) + sum(len(s) for _, s in self.queue)) // len(self.groups))
         needed = False
-        for g in self.groups:
-            room = int((~g.live).sum())
-            waiting = sum(len(s) for _, s in g.waiting)
-            while self.queue and waiting < room and len(g.waiting) < PREFILL:
+        for g, n in zip(self.groups, held, strict=True):
+            while self.queue and n < min(len(g.live), share) and len(g.waiting) < PREFILL:
                 g.waiting.append(self.queue.popleft())
-                waiting += len(g.waiting[-1][1])
-            needed |= bool(room and g.waiting and g.waiting[0][0] not in g.row_of)
+                n += len(g.waiting[-1][1])
+            needed |= bool(not g.live.all() and g.waiting and g.waiting[0][0] not in g.row_of)
         if not needed:
             return False
         # All groups prefill at a time, so each takes what it will need next.
