@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, metavar="N", help="use the first N; else all")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that the weights are split over")
     parser.add_argument("--repeat", type=int, default=8)
-    parser.add_argument("--profile", action="store_true", help="of one more update, the mean over the devices")
+    parser.add_argument(
+        "--profile", action="store_true", help="of `--repeat` more updates in a row, by update and device"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -142,12 +144,17 @@ def main() -> None:
         if args.profile:
             folder = tempfile.mkdtemp()
             with jax.profiler.trace(folder):
-                state, metrics = compiled(state, placed)
-                jax.block_until_ready(metrics)
-            result["kernels"] = [(name, ms / len(devices), n) for name, ms, n in traces.kernels(folder)]
+                start = time.perf_counter()
+                for _ in range(args.repeat):
+                    state, metrics = compiled(state, placed)
+                jax.block_until_ready((state, metrics))
+                seconds = (time.perf_counter() - start) / args.repeat
+            updates = args.repeat * len(devices)
+            result["kernels"] = [(name, ms / updates, n / updates) for name, ms, n in traces.kernels(folder)]
             for name, ms, number in result["kernels"][:40]:
-                print(f"    {ms:8.2f} ms {number:6d}×  {name[:100]}")
-            print(f"    {sum(ms for _, ms, _ in result['kernels']):8.2f} ms in all", flush=True)
+                print(f"    {ms:8.2f} ms {number:6g}×  {name[:100]}")
+            kernels = sum(ms for _, ms, _ in result["kernels"])
+            print(f"    {kernels:8.2f} ms in all, of {1e3 * seconds:.2f} ms an update", flush=True)
         del state, compiled
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
