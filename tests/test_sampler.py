@@ -18,7 +18,7 @@ from tiny_qwen2 import CONFIGS, logits, params_of, random_model
 
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
-from rlvd_jax.sampling import Request, Sampler, decoder, gpu
+from rlvd_jax.sampling import Request, Sampler, cache, decoder, gpu
 from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.books import Group, Plan
@@ -517,6 +517,15 @@ def test_groups_share_the_last_responses_evenly(monkeypatch):
                     g.occupant[np.flatnonzero(~g.live)[:10]] = [(request, i) for i in samples]
                 g.waiting.clear()
         assert [int(g.live.sum()) for g in run.groups] == expected
+
+
+@pytest.mark.parametrize("layout", ["gpu", "interpret"])
+def test_steps_taken_together_end_where_pages_do(sampler, layout):
+    """Past the last step that pages are there for, none may be taken."""
+    together = [device.together(sampler.program._replace(layout=layout), n) for n in (1, 16, 256, 512, 1024, 4096)]
+    assert together == [8, 8, 8, 4, 2, 1]
+    assert all(device.LOG % n == 0 and cache.page_size(layout) % n == 0 for n in together)
+    assert device.together(sampler.program._replace(layout="plain"), 16) == 1, "a host that is the device looks at once"
 
 
 def test_a_pool_that_runs_dry(model, requests, whole):

@@ -22,6 +22,14 @@ from rlvd_jax.sampling import decoder
 from rlvd_jax.sampling.filters import draw
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
+TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
+
+
+def together(p: Program, slots: int) -> int:
+    """Steps that are taken without a look at whether enough slots are done. On a GPU it is the host that looks, and the
+    device waits, which matters where steps are short; where they are long, slots that are done cost more. A divisor of
+    LOG and of a page's positions, so of the steps that pages are there for (`books.Group.grow`)."""
+    return 2 ** min(3, max(1, TOGETHER // slots).bit_length() - 1) if p.layout in ("gpu", "interpret") else 1
 
 
 class Program(NamedTuple):
@@ -174,11 +182,17 @@ def take_layer(p: Program, layer, rows):
     return _mapped(p, run, (p.cache_spec, P("data")), p.cache_spec)(layer, rows)
 
 
+def _repeated(body, times: int):
+    """`body` so many times; the loop's end is known, so nothing waits for it."""
+    return body if times == 1 else lambda carry: jax.lax.fori_loop(0, times, lambda _, carry: body(carry), carry)
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wake, steps):
     """Decode on each group by itself until `wake` [groups] of its slots are done, `steps` tokens at most.
 
-    table: [slots, pages of a slot]; ends: end tokens; steps: [] int32, at most LOG; span: see `cache.Place`.
+    table: [slots, pages of a slot]; ends: end tokens; steps: [] int32, at most LOG, a multiple of `together`; span: see
+    `cache.Place`.
     → (cache, slots, tokens and log-probabilities [LOG, slots] of the steps taken).
     """
     chip = p.mesh.devices.flat[0]
@@ -213,7 +227,8 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
 
         n = slots.token.size
         log = jnp.zeros((LOG, n), jnp.int32), jnp.zeros((LOG, n), jnp.float32)
-        return jax.lax.while_loop(going, body, (jnp.int32(0), layers, slots, *log))[1:]
+        start = jnp.int32(0), layers, slots, *log
+        return jax.lax.while_loop(going, _repeated(body, together(p, n)), start)[1:]
 
     by_slot, log = P("data"), P(None, "data")
     in_specs = decoder.specs(p.config, p.tensor, p.layout), p.cache_spec, by_slot, by_slot, P(), by_slot, P()
@@ -257,7 +272,8 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
 
         def body(carry):
             layers, s, seen, count, tokens, logprobs, gain = carry
-            live = ~s.done
+            room_left = count.max() + fresh <= steps
+            live = ~s.done & room_left
             seen = seen.at[slot, s.position].set(s.token)
             guess = _look_up(seen, s.token, s.position, drafts)
             room = jnp.clip(s.limit - s.produced, 1, fresh)
@@ -290,12 +306,12 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             tokens, logprobs = (
                 log.at[to, slot[:, None]].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob))
             )
-            gain += jnp.stack([jnp.int32(1), live.sum(dtype=jnp.int32), more.sum()])
+            gain += jnp.stack([room_left.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
             return layers, new, seen, count + more, tokens, logprobs, gain
 
         log = jnp.zeros((LOG, n), jnp.int32), jnp.zeros((LOG, n), jnp.float32)
         start = layers, slots, seen, jnp.zeros(n, jnp.int32), *log, jnp.zeros(3, jnp.int32)
-        layers, slots, seen, _, *log, gain = jax.lax.while_loop(going, body, start)
+        layers, slots, seen, _, *log, gain = jax.lax.while_loop(going, _repeated(body, together(p, n * fresh)), start)
         return layers, slots, seen, *log, gain[None]
 
     by_slot, log = P("data"), P(None, "data")
