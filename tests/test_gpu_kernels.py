@@ -1,5 +1,7 @@
 """The sampler's kernels for GPUs against plain arithmetic: on a GPU as they run there, elsewhere step by step."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.experimental import pallas as pl
 from test_filters import exact, p_value
 
 from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
-from rlvd_jax.sampling import filters, gpu
+from rlvd_jax.sampling import filters, gpu, slots
 
 INTERPRET = jax.default_backend() != "gpu"
 PAGE = 16
@@ -194,6 +196,39 @@ def test_who_multiplies(monkeypatch):
         assert [gpu.products_by(n, 1536, 8960, 1) for n in (64, 96, 256)] == expected
         assert gpu.products_by(64, 1536, 8960, 2) == "library"
         assert gpu.products_by(256, 1536, 8960 + 32, 1) == "library"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_who_draws(tied, monkeypatch):
+    """Logits' statistics are found where the logits are made, where Hopper's kernels run and take all that is asked
+    for; otherwise the library makes the logits and `filters.draw` does the rest."""
+    monkeypatch.setattr(gpu, "draw_hidden", lambda hidden, table, *_: table)
+    monkeypatch.setattr(slots, "draw", lambda *_: "filters")
+    monkeypatch.setattr(slots.decoder, "logits", lambda *_: None)
+    weights = {"embedding": jnp.zeros((192, 64))} | ({} if tied else {"lm_head": jnp.ones((192, 64))})
+
+    def drawn(rows=192, hidden=64, vocab=192, here=True, **how):
+        monkeypatch.setattr(gpu.hopper, "here", lambda: here)
+        p = {"layout": "gpu", "tensor": 1, "temperature": 0.9, "top_k": 50, "top_p": 1.0} | how
+        p["config"] = types.SimpleNamespace(tie_word_embeddings=tied)
+        table = {name: x[:vocab, :hidden] for name, x in weights.items()}
+        return slots._draw(types.SimpleNamespace(**p), table, jnp.zeros((rows, hidden)), None, "gpu")
+
+    for rows in (128, 136, 1000):
+        np.testing.assert_array_equal(drawn(rows), 0 if tied else 1)
+    for other in (
+        {"rows": 127},
+        {"hidden": 48},
+        {"vocab": 160},
+        {"here": False},
+        {"layout": "plain"},
+        {"tensor": 2},
+        {"temperature": 0},
+        {"top_k": 0},
+        {"top_k": 65},
+        {"top_p": 0.9},
+    ):
+        assert drawn(**other) == "filters"
 
 
 @pytest.mark.parametrize("k", [1, 7, 39, 50, 64])

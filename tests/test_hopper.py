@@ -1,12 +1,14 @@
 """The products of many rows: on a Hopper GPU as they run there, elsewhere step by step."""
 
 import functools
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import xla_bridge
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.11 on
 
@@ -14,6 +16,10 @@ from rlvd_jax.qwen2.layers import swiglu
 from rlvd_jax.sampling import gpu, hopper
 from rlvd_jax.sampling.hopper import Tiling
 
+# Where warpgroups are simulated, those that wait hold threads of XLA's, of which there are else as many as cores. Where
+# JAX was started before with too few, the logits of a cluster would wait for ever.
+STARVED = xla_bridge.backends_are_initialized() and int(os.environ.get("NPROC", os.cpu_count())) < 8
+os.environ.setdefault("NPROC", "8")
 NATIVE = hopper.here()
 OLD = jax.__version_info__ < (0, 11) and not NATIVE
 INTERPRET = False if NATIVE else InterpretGPUParams()
@@ -21,6 +27,7 @@ NEWER = pytest.mark.skipif(
     OLD,
     reason="this jax simulates neither clusters nor what is out of bounds",
 )
+THREADS = pytest.mark.skipif(STARVED and not NATIVE, reason="needs 8 threads of XLA's: run this file by itself")
 CORES = 132 if NATIVE else 3  # fewer than tiles, so that each has several
 
 
@@ -84,6 +91,34 @@ def test_the_activation_in_the_product(rows, k, f, tiling):
     np.testing.assert_allclose(np.float32(out[0]), expected, rtol=0.02, atol=0.1)
 
 
+def scored(h, table, tiling):
+    return hopper.scores(h, table, temperature=0.9, tiling=Tiling(*tiling), cores=CORES, interpret=INTERPRET)
+
+
+def check_statistics(logits, stats):
+    """The maxima to the last bit: the draw looks for logits that are as large."""
+    most, total = gpu._statistics(logits, 0.9, interpret=not NATIVE)
+    np.testing.assert_array_equal(stats[0], most)
+    np.testing.assert_allclose(stats[1], total, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rows, k, vocab, tiling",
+    [
+        (256, 128, 256, (128,)),
+        (128, 192, 384, (192,)),
+        pytest.param(200, 128, 320, (128,), marks=NEWER),  # tiles that end beyond both
+        pytest.param(392, 128, 320, (256, 2), marks=(NEWER, THREADS)),
+    ],
+)
+def test_logits_and_their_statistics(rows, k, vocab, tiling):
+    h, table = normal(0, rows, k), normal(1, vocab, k)
+    logits, *stats = scored(h, table, tiling)
+    assert logits.shape == (rows, vocab) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, np.float32(h) @ np.float32(table).T, rtol=1e-4, atol=1e-3)
+    check_statistics(logits, stats)
+
+
 @pytest.mark.parametrize("rows", [128, 256, 384, 1024, 2048])
 @pytest.mark.parametrize("hidden, mlp, qkv", [(896, 4864, 1152), (1536, 8960, 2048), (2048, 11008, 2560)])
 def test_tilings(rows, hidden, mlp, qkv, monkeypatch):
@@ -101,7 +136,9 @@ def test_tilings(rows, hidden, mlp, qkv, monkeypatch):
 @pytest.fixture
 def as_on_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "cores", lambda: CORES)
-    monkeypatch.setattr(hopper, "multiply", functools.partial(hopper.multiply, interpret=INTERPRET))
+    for name in ("multiply", "scores"):
+        monkeypatch.setattr(hopper, name, functools.partial(getattr(hopper, name), interpret=INTERPRET))
+    monkeypatch.setattr(gpu, "draw", functools.partial(gpu.draw, interpret=not NATIVE))
     # Tiles that end where the matrices below do: what jax 0.10 simulates hangs where they don't.
     monkeypatch.setattr(hopper, "PACE", {128: 1e-6})
     monkeypatch.setattr(hopper, "GATED_PACE", {144: 1e-6})
@@ -115,7 +152,37 @@ def test_what_a_step_of_the_sampler_takes(as_on_hopper):
     assert gpu.product(h, w, by="many", tensor=2).shape == (1, 128, 384)
 
 
-@pytest.mark.skipif(not NATIVE, reason="needs a Hopper GPU")
+def test_the_draw_from_hidden_states(as_on_hopper):
+    """Is that from the same logits without their statistics."""
+    hidden, table = normal(0, 128, 64), 0.3 * normal(1, 384, 64)
+    keys = jax.random.bits(jax.random.key(2), (128, 2), jnp.uint32)
+    token, logprob = gpu.draw_hidden(hidden, table, keys, 0.9, 4)
+    logits, *_ = scored(hidden, table, (128,))
+    expected, expected_logprob = gpu.draw(logits, keys, 0.9, 4)
+    np.testing.assert_array_equal(token, expected)
+    np.testing.assert_allclose(logprob, expected_logprob, atol=1e-5)
+
+
+native = pytest.mark.skipif(not NATIVE, reason="needs a Hopper GPU")
+
+
+@native
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("rows", [128, 192, 1000, 1024])
+def test_logits_of_real_sizes(rows, cluster):
+    hidden, table = normal(0, rows, 1536), 0.05 * normal(1, 151936, 1536)
+    expected = jnp.dot(hidden, table.T, preferred_element_type=jnp.float32)
+    logits, *stats = scored(hidden, table, (256, cluster))
+    assert jnp.abs(logits - expected).max() < 1e-3
+    check_statistics(logits, stats)
+    keys = jax.random.bits(jax.random.key(2), (rows, 2), jnp.uint32)
+    token, logprob = gpu.draw_hidden(hidden, table, keys, 0.9, 50)
+    same, its_logprob = gpu.draw(logits, keys, 0.9, 50)  # of tiles that may be others
+    assert (token != same).mean() < 0.01
+    np.testing.assert_allclose(logprob[token == same], its_logprob[token == same], atol=1e-3)
+
+
+@native
 @pytest.mark.parametrize("columns, gated_columns", [(256, 272), (192, 208), (128, 144)])
 @pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("rows", [288, 2080])
@@ -137,3 +204,6 @@ def test_what_it_does_not_take():
         tiling = (64, 1, how.pop("splits", 1))
         with pytest.raises(ValueError, match=r"tiles of|whole sums"):
             multiplied(normal(0, rows, k), normal(1, n, k), tiling, **how)
+    for n, columns in ((96, 64), (128, 96)):
+        with pytest.raises(ValueError, match="groups of"):
+            scored(normal(0, 128, 64), normal(1, n, 64), (columns,))

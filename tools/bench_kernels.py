@@ -4,7 +4,8 @@
             in several ways by `gpu.few_rows`, or above FEW rows by `hopper.multiply`, first as it is chosen
   attend    `gpu.attend` at some (slots, positions), in several ways
   norm      `gpu.add_norm`, by the number of parts that it adds up
-  draw      `gpu.draw` of the top 50 of random logits
+  draw      `gpu.draw` of the top 50 of random logits; and from hidden states, with logits by the library, or in several
+            ways by `hopper.scores`, first as `gpu.draw_hidden` has it
   step      `decoder.step` at `--rows` slots and 420 positions, without `gpu.few_rows` and with it
 
 Each is run for as many layers as don't fit the chip's cache, in a loop on the device, and compared to its floor: the
@@ -116,6 +117,14 @@ class Case:
         self.name, self.bytes, self.flops = name, bytes_, flops
 
 
+def scores_ways(rows: int, k: int, vocab: int) -> list[dict]:
+    """Of `hopper.scores`, first as it is chosen."""
+    if not hopper.here() or not hopper.takes(rows, k, vocab):
+        return []
+    ours = hopper.tiling(rows, k, vocab, most_splits=1)
+    return [{"tiling": t} for t in dict.fromkeys([ours, *(hopper.Tiling(*t) for t in TILES)])]
+
+
 class Product(Case):
     def __init__(self, c, name: str, rows: int):
         self.k, self.n = (matrices(c) | {"logits": (c.hidden_size, c.vocab_size)})[name]
@@ -124,7 +133,9 @@ class Product(Case):
 
     def ways(self) -> list[dict]:
         if self.rows > gpu.FEW:
-            if self.logits or not hopper.here():
+            if self.logits:
+                return [{"few": False}, *scores_ways(self.rows, self.k, self.n)]
+            if not hopper.here():
                 return [{"few": False}]
             tiles = [hopper.Tiling(*t) for t in (GATED if self.gated else TILES)]
             if not self.gated:
@@ -153,6 +164,8 @@ class Product(Case):
             self.weights = [normal(i, self.n, self.k) for i in range(number)]
 
         def call(h, w):
+            if self.logits and "tiling" in way:
+                return hopper.scores(h, w, temperature=0.9, cores=hopper.cores(), **way)[0]
             if "tiling" in way:
                 return hopper.multiply(h, w, gated=self.gated, tiling=way["tiling"], cores=hopper.cores())
             if self.logits:
@@ -222,6 +235,29 @@ class Draw(Case):
             return (), gpu.draw(logits, keys, 0.9, 50, interpret=INTERPRET, **way)
 
         return looped(calls, logits, keys)
+
+
+class DrawHidden(Case):
+    def __init__(self, c, rows: int):
+        self.rows, self.k, self.vocab = rows, c.hidden_size, c.vocab_size
+        bytes_ = 2 * self.k * self.vocab + 4 * rows * self.vocab
+        super().__init__(f"draw_hidden × {rows} rows", bytes_, 2 * rows * self.k * self.vocab)
+
+    def ways(self) -> list[dict]:
+        return [{"library": True}, *scores_ways(self.rows, self.k, self.vocab)]
+
+    def run(self, way: dict) -> float:
+        def calls(fixed, hidden, _):
+            table, keys = fixed
+            if "tiling" in way:
+                logits, *stats = hopper.scores(hidden, table, temperature=0.9, cores=hopper.cores(), **way)
+            else:
+                logits, stats = jnp.dot(hidden, table.T, preferred_element_type=jnp.float32), None
+            return (), gpu.draw(logits, keys, 0.9, 50, stats=stats, interpret=INTERPRET)
+
+        keys = jax.random.bits(jax.random.key(1), (self.rows, 2), jnp.uint32)
+        hidden = 128 * normal(0, self.rows, self.k)  # logits of a deviation of 2
+        return looped(calls, (normal(1, self.vocab, self.k), keys), hidden)
 
 
 class Norm(Case):
@@ -304,7 +340,7 @@ def main() -> None:
     if "attend" in args.what:
         cases += [Attend(c, *x) for x in at]
     if "draw" in args.what:
-        cases += [Draw(c, rows) for rows in args.rows]
+        cases += [DrawHidden(c, rows) for rows in args.rows] + [Draw(c, rows) for rows in args.rows]
     if "norm" in args.what:
         cases += [Norm(c, rows) for rows in args.rows]
     results, begun, left_out = [], time.perf_counter(), 0

@@ -165,10 +165,14 @@ def _after_attention(c: Qwen2Config, w, x, out, tensor: int):
     return x + _summed(swiglu(gate, up) @ w["down"], tensor)
 
 
+def unembedding(c: Qwen2Config, weights):
+    return weights["embedding"] if c.tie_word_embeddings else weights["lm_head"]
+
+
 def logits(c: Qwen2Config, tensor: int, weights, hidden):
     """float32 logits [rows, vocab] of hidden states [rows, hidden]; each device makes those of its tokens."""
     split = _vocab_is_split(c, tensor)
-    table = weights["embedding"] if c.tie_word_embeddings else weights["lm_head"]
+    table = unembedding(c, weights)
     if split and c.tie_word_embeddings:  # whole on each device, since tokens are looked up in it
         size = c.vocab_size // tensor
         table = jax.lax.dynamic_slice_in_dim(table, jax.lax.axis_index(AXIS) * size, size)

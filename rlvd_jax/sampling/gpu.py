@@ -5,7 +5,7 @@ norms, and the draw.
 `attend` does in one pass what is six small ones otherwise: it adds the bias, rotates the new query and key, writes key
 and value to the response's page, and reads every filled position once. Pages that responses share, those of their
 prompt, come from the chip's cache after the first read. `draw` reads the logits once, and of each row once more only
-the blocks of 64 tokens that can hold one of the k largest.
+the blocks of 64 tokens that can hold one of the k largest; `draw_hidden` needs only these, once the logits are made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlvd_jax.sampling import hopper
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
-BLOCK = 64  # tokens of the vocabulary that share a maximum
+BLOCK = hopper.GROUP  # tokens of the vocabulary that share a maximum
 PROGRAMS = 128  # of a product of few rows, at most
 LEAST_K = 384  # numbers that each of such a product's parts adds up, at least
 STAGED = 96 * 1024  # bytes of shared memory of a program, at most: a multiprocessor has 228 KiB
@@ -386,20 +386,25 @@ def draws(k: int, p: float) -> bool:
     return 0 < k <= MOST_K and p == 1
 
 
-def draw(logits, keys, temperature: float, k: int, *, num_warps: int = 8, interpret=False):
-    """As `filters.draw` at a temperature above 0, for what `draws` says."""
+def draws_hidden(hidden, table, temperature: float, k: int, p: float, tensor: int = 1) -> bool:
+    """Whether `draw_hidden` takes these, on as many devices."""
+    whole = tensor == 1 and hopper.here() and hopper.takes(*hidden.shape, len(table))
+    return whole and temperature > 0 and draws(k, p)
+
+
+def draw_hidden(hidden, table, keys, temperature: float, k: int):
+    """`draw` from the logits hidden @ table.T, with their statistics found where they are made. hidden: [rows, hidden];
+    table: [vocab, hidden]."""
+    how = hopper.tiling(*hidden.shape, len(table), most_splits=1)
+    logits, *stats = hopper.scores(hidden, table, temperature=temperature, tiling=how, cores=hopper.cores())
+    return draw(logits, keys, temperature, k, stats=stats)
+
+
+def draw(logits, keys, temperature: float, k: int, *, stats=None, num_warps: int = 8, interpret=False):
+    """As `filters.draw` at a temperature above 0, for what `draws` says. stats: those of `_statistics`, if known."""
     rows, vocab = logits.shape
     blocks = -(-vocab // BLOCK)
-    at_once = 4096 // BLOCK
-    stats = [jax.ShapeDtypeStruct((rows, blocks), jnp.float32)] * 2
-    most, total = pl.pallas_call(
-        partial(_stats_kernel, temperature=temperature, vocab=vocab, blocks=blocks, at_once=at_once),
-        grid=(rows, pl.cdiv(blocks, at_once)),
-        out_shape=stats,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="block_stats",
-    )(logits)
+    most, total = stats or _statistics(logits, temperature, interpret)
     token, logprob, _ = pl.pallas_call(
         partial(_select_kernel, temperature=temperature, k=k, vocab=vocab, blocks=blocks, barrier=not interpret),
         grid=(rows,),
@@ -415,14 +420,29 @@ def draw(logits, keys, temperature: float, k: int, *, num_warps: int = 8, interp
     return token, logprob
 
 
+def _statistics(logits, temperature: float, interpret: bool):
+    """Of each block of a row's logits the largest, and the sum of exponentials of what lies between it and each, over
+    the temperature; float32 [rows, blocks] each."""
+    rows, vocab = logits.shape
+    blocks = -(-vocab // BLOCK)
+    at_once = 4096 // BLOCK
+    return pl.pallas_call(
+        partial(_stats_kernel, temperature=temperature, vocab=vocab, blocks=blocks, at_once=at_once),
+        grid=(rows, pl.cdiv(blocks, at_once)),
+        out_shape=[jax.ShapeDtypeStruct((rows, blocks), jnp.float32)] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="block_stats",
+    )(logits)
+
+
 def _stats_kernel(logits_ref, most_ref, total_ref, *, temperature, vocab, blocks, at_once):
-    """The largest scaled logit of each block, and the sum of exponentials relative to it."""
     row, first = pl.program_id(0), pl.program_id(1) * at_once
     block = first + jnp.arange(at_once)
     column = block[:, None] * BLOCK + jnp.arange(BLOCK)[None, :]
-    x = plgpu.load(logits_ref.at[row, column], mask=column < vocab, other=LEAST) / temperature
+    x = plgpu.load(logits_ref.at[row, column], mask=column < vocab, other=LEAST)
     most = x.max(axis=1)
-    total = jnp.sum(jnp.where(column < vocab, jnp.exp(x - most[:, None]), 0.0), axis=1)
+    total = jnp.sum(jnp.where(column < vocab, jnp.exp((x - most[:, None]) / temperature), 0.0), axis=1)
     for ref, value in ((most_ref, most), (total_ref, total)):
         plgpu.store(ref.at[row, block], value, mask=block < blocks)
 
@@ -445,7 +465,8 @@ def _select_kernel(
     row = pl.program_id(0)
     block = jnp.arange(pl.next_power_of_2(blocks))
     there = block < blocks
-    most = plgpu.load(most_ref.at[row, block], mask=there, other=LEAST)
+    # Divided here, as the logits are below: another kernel may round otherwise, and they are compared.
+    most = plgpu.load(most_ref.at[row, block], mask=there, other=LEAST) / temperature
     total = plgpu.load(total_ref.at[row, block], mask=there, other=0.0)
     largest = most.max()
     norm = largest + jnp.log(jnp.sum(total * jnp.exp(most - largest)))

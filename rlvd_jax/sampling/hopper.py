@@ -1,6 +1,7 @@
 """Matrix products of many rows on Hopper GPUs, in Pallas (Mosaic): with the MLP's activation in the product before it,
-and split over k where there are too few tiles for the chip. Weights lie as [outputs, inputs]: tiles may then have any
-number of columns that is a multiple of 8, also one that shares the work out evenly.
+split over k where there are too few tiles for the chip, and the logits' with what the draw asks of them first. Weights
+lie as [outputs, inputs]: tiles may then have any number of columns that is a multiple of 8, also one that shares the
+work out evenly.
 
 One warpgroup of a multiprocessor copies blocks of both matrices ahead into a ring in shared memory, two multiply them
 on the tensor cores, each its rows of the tile. Two multiprocessors of a cluster, which work on different rows, share
@@ -31,6 +32,7 @@ BLOCK = 64  # of k at a time: 128 bytes, the widest row that shared memory swizz
 COPIER = 2  # the warpgroup that copies; those before it multiply
 SHARED = 226 * 1024  # bytes of shared memory that a program may take, with some left for barriers
 CHUNK = 128  # bytes of each row of a tile that are written at a time, at most
+GROUP = 64  # tokens of the vocabulary whose logits share a maximum
 GATED_CHUNK = 72  # columns, where the tile is gated: an odd number of 16 bytes, so that 8 rows lie in different banks
 SPLITS = 8  # parts of k, at most
 
@@ -58,9 +60,9 @@ def cores() -> int:
     return jax.devices()[0].core_count
 
 
-def takes(rows: int, hidden: int, mlp: int) -> bool:
-    """Whether a layer of these sizes is multiplied here."""
-    return rows >= ROWS and hidden % BLOCK == 0 and mlp % BLOCK == 0
+def takes(rows: int, *sizes: int) -> bool:
+    """Whether so many rows of these sizes are multiplied here."""
+    return rows >= ROWS and all(k % BLOCK == 0 for k in sizes)
 
 
 def tiling(rows: int, k: int, n: int, *, gated: bool = False, most_splits: int = SPLITS) -> Tiling:
@@ -97,31 +99,53 @@ def gated_dot(h, w):
 def multiply(h, w, *, gated: bool = False, tiling: Tiling, cores: int, interpret=False):
     """What `dot` returns, in one way of several; gated: [1, rows, f], as `gated_dot`. cores: of the chip."""
     w = w.reshape(2 if gated else 1, -1, w.shape[1])
-    out, scratch = _plan(h, w, gated, tiling)
+    dtype = h.dtype if tiling.splits == 1 else jnp.float32
+    out = jax.ShapeDtypeStruct((tiling.splits, len(h), w.shape[1]), dtype)
+    return _run(h, w, [out], tiling, cores, interpret)[0]
+
+
+@partial(jax.jit, static_argnames=("temperature", "tiling", "cores", "interpret"))
+def scores(h, table, *, temperature: float, tiling: Tiling, cores: int, interpret=False):
+    """Logits h @ table.T; of each GROUP of a row's the largest; and the sum of exponentials of how far each lies from
+    it, over the temperature. h: [rows, k] bfloat16; table: [vocab, k] → float32 [rows, vocab], and twice [rows, vocab /
+    GROUP]"""
+    (rows, _), vocab, columns = h.shape, len(table), tiling.columns
+    if vocab % GROUP or columns % GROUP:
+        raise ValueError(f"{vocab} tokens in tiles of {columns}: not for groups of {GROUP}")
+    high = ROWS * tiling.cluster  # statistics are written of whole tiles, also where these end beyond the logits
+    stats = jax.ShapeDtypeStruct((pl.cdiv(vocab, columns) * columns // GROUP, pl.cdiv(rows, high) * high), jnp.float32)
+    out = [jax.ShapeDtypeStruct((1, rows, vocab), jnp.float32), stats, stats]
+    logits, *stats = _run(h, table[None], out, tiling, cores, interpret, temperature)
+    return logits[0], *(x[: vocab // GROUP, :rows].T for x in stats)
+
+
+def _run(h, w, out, t: Tiling, cores: int, interpret, temperature=None):
+    """The kernel's results, which are like `out`. w: [pieces, n, k]: gate and up, if there are two; temperature: where
+    statistics are asked for."""
+    gated = len(w) > 1
     return mgpu.kernel(
-        partial(_kernel, gated=gated, t=tiling),
+        partial(_kernel, gated=gated, temperature=temperature, t=t),
         out_type=out,
-        scratch_types=scratch,
-        grid=(cores // tiling.cluster,),
+        scratch_types=_plan(h, w, out[0].dtype, t),
+        grid=(cores // t.cluster,),
         grid_names=("group",),
-        cluster=(tiling.cluster,),
+        cluster=(t.cluster,),
         cluster_names=("cluster",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=mgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
-        kernel_name="gated_dot" if gated else "dot_of_many_rows",
+        kernel_name="gated_dot" if gated else "dot_of_many_rows" if temperature is None else "scores",
     )(h, w)
 
 
-def _plan(h, w, gated: bool, t: Tiling):
-    """What the result is like, and what warpgroups share."""
-    (rows, k), (pieces, n, _) = h.shape, w.shape
+def _plan(h, w, dtype, t: Tiling):
+    """What warpgroups share. dtype: of the product."""
+    (rows, k), (pieces, n, _), gated = h.shape, w.shape, len(w) > 1
     if rows < ROWS or k % BLOCK:
         raise ValueError(f"[{rows}, {k}] @ [{k}, {n}]: not for tiles of {ROWS} rows and blocks of {BLOCK}")
     if gated and t.splits > 1:
         raise ValueError("swiglu needs whole sums")
-    dtype = jnp.dtype(h.dtype if t.splits == 1 else jnp.float32)
     width = t.columns // pieces
     chunk = GATED_CHUNK if gated else math.gcd(width, CHUNK // dtype.itemsize)
     held = 1 if gated else 2  # chunks of a warpgroup that are on their way
@@ -129,7 +153,7 @@ def _plan(h, w, gated: bool, t: Tiling):
     stages = min(8, (SHARED - taken) // (2 * BLOCK * (ROWS + t.columns)))
     barrier = partial(mgpu.ClusterBarrier, collective_axes=("cluster",)) if t.cluster > 1 else mgpu.Barrier
     results = (2, held, ROWS // 2, chunk)
-    return jax.ShapeDtypeStruct((t.splits, rows, n), dtype), {
+    return {
         "h_blocks": _shared((stages, ROWS, BLOCK), h.dtype),
         "w_blocks": _shared((stages, pieces, width, BLOCK), h.dtype),
         "results": mgpu.SMEM(results, dtype) if gated else _shared(results, dtype),
@@ -146,7 +170,7 @@ def _shared(shape, dtype):
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, t: Tiling):
+def _kernel(h, w, out, *stats, h_blocks, w_blocks, results, full, free, gated: bool, temperature, t: Tiling):
     (rows, k), (splits, _, n) = h.shape, out.shape
     (stages, pieces, width, _), (_, held, high, chunk) = w_blocks.shape, results.shape
     starts = [min(i, width - chunk) for i in range(0, width, chunk)]  # of what is written of a row, at a time
@@ -236,6 +260,10 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
             found = [x.astype(out.dtype) for x in found]
             found = swiglu(*found) if gated else found[0]
             for i, start in enumerate(starts):
+                if stats and start % GROUP == 0:  # found while the chunks before are written
+                    group = _statistics(found[:, start : start + GROUP], temperature)
+                    for ref, value in zip(stats, group, strict=True):
+                        ref[lax.div(column + start, GROUP), pl.ds(row + above, high)] = value
                 mgpu.wait_smem_to_gmem(held - 1, wait_read_only=True)
                 results[warpgroup, i % held] = found[:, start : start + chunk]
                 mgpu.commit_smem()
@@ -245,3 +273,11 @@ def _kernel(h, w, out, *, h_blocks, w_blocks, results, full, free, gated: bool, 
 
         lax.fori_loop(0, mine, tile, jnp.int32(0))
         mgpu.wait_smem_to_gmem(0)
+
+
+def _statistics(x, temperature: float):
+    """The largest of each row, and the sum of exponentials relative to it. x: [rows, columns]"""
+    most = jnp.max(x, axis=1)
+    scale = math.log2(math.e) / temperature
+    relative = x * scale - lax.broadcast_in_dim(most * scale, x.shape, [0])
+    return most, jnp.sum(jnp.exp2(relative), axis=1)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.weights import by_path
 from rlvd_jax.sampling import cache as kv
-from rlvd_jax.sampling import decoder
+from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling.filters import draw
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
@@ -187,6 +187,15 @@ def _repeated(body, times: int):
     return body if times == 1 else lambda carry: jax.lax.fori_loop(0, times, lambda _, carry: body(carry), carry)
 
 
+def _draw(p: Program, weights, hidden, keys, platform: str):
+    """(token, log-probability) of each row of hidden states."""
+    table = decoder.unembedding(p.config, weights)
+    if p.layout == "gpu" and gpu.draws_hidden(hidden, table, p.temperature, p.top_k, p.top_p, p.tensor):
+        return gpu.draw_hidden(hidden, table, keys, p.temperature, p.top_k)
+    logits = decoder.logits(p.config, p.tensor, weights, hidden)
+    return draw(logits, keys, p.temperature, p.top_k, p.top_p, platform)
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
 def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wake, steps):
     """Decode on each group by itself until `wake` [groups] of its slots are done, `steps` tokens at most.
@@ -209,9 +218,7 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
             place = kv.Place(s.position, live, table, span, getattr(chip, "num_cores", 1))
             layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
             with jax.named_scope("draw"):
-                scores = decoder.logits(p.config, p.tensor, weights, hidden)
-                key = _fold(s.key, s.produced)
-                token, logprob = draw(scores, key, p.temperature, p.top_k, p.top_p, chip.platform)
+                token, logprob = _draw(p, weights, hidden, _fold(s.key, s.produced), chip.platform)
             # A slot that is done keeps drawing, since all slots step together; nobody reads what it draws.
             produced = s.produced + live
             ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
@@ -281,9 +288,8 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             rows = jnp.concatenate([s.token[:, None], guess], axis=1).reshape(-1)
             layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, rows, place)
             with jax.named_scope("draw"):
-                scores = decoder.logits(p.config, p.tensor, weights, hidden)
                 key = _fold(jnp.repeat(s.key, fresh, axis=0), (s.produced[:, None] + nth).reshape(-1))
-                drawn = draw(scores, key, p.temperature, p.top_k, p.top_p, chip.platform)
+                drawn = _draw(p, weights, hidden, key, chip.platform)
                 token, logprob = (x.reshape(n, fresh) for x in drawn)
             ended = (token[..., None] == ends).any(axis=-1) if ends.size else jnp.zeros(token.shape, bool)
             # A token counts after right guesses alone, with none that ended the response, and where there is room.
