@@ -105,8 +105,8 @@ def check_statistics(logits, stats):
 @pytest.mark.parametrize(
     "rows, k, vocab, tiling",
     [
-        (256, 128, 256, (128,)),
-        (128, 192, 384, (192,)),
+        (256, 64, 256, (128,)),
+        (128, 128, 192, (192,)),
         pytest.param(200, 128, 320, (128,), marks=NEWER),  # tiles that end beyond both
         pytest.param(392, 128, 320, (256, 2), marks=(NEWER, THREADS)),
     ],
@@ -154,7 +154,7 @@ def test_what_a_step_of_the_sampler_takes(as_on_hopper):
 
 def test_the_draw_from_hidden_states(as_on_hopper):
     """Is that from the same logits without their statistics."""
-    hidden, table = normal(0, 128, 64), 0.3 * normal(1, 384, 64)
+    hidden, table = normal(0, 128, 64), 0.3 * normal(1, 256, 64)
     keys = jax.random.bits(jax.random.key(2), (128, 2), jnp.uint32)
     token, logprob = gpu.draw_hidden(hidden, table, keys, 0.9, 4)
     logits, *_ = scored(hidden, table, (128,))
