@@ -31,9 +31,8 @@ from rlvd_jax.sampling import sampler as sampler_module
 
 PARTS = {  # of a step, by words in the names of kernels
     "attention": ("attend", "fmha", "sdpa", "paged"),
-    "logits": ("scores",),
     "draw": ("block_stats", "draw_top_k", "select_kernel", "stats_kernel", "sort", "topk"),
-    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "dot", "splitK"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "cublas", "dot", "scores", "splitK"),
     "copies": ("memcpy", "Memcpy", "memset"),
 }
 

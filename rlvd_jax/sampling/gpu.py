@@ -386,7 +386,7 @@ def draws(k: int, p: float) -> bool:
     return 0 < k <= MOST_K and p == 1
 
 
-def draws_hidden(hidden, table, temperature: float, k: int, p: float, tensor: int = 1) -> bool:
+def draws_hidden(hidden, table, temperature: float, k: int, p: float, tensor: int) -> bool:
     """Whether `draw_hidden` takes these, on as many devices."""
     whole = tensor == 1 and hopper.here() and hopper.takes(*hidden.shape, len(table))
     return whole and temperature > 0 and draws(k, p)

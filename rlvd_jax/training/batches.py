@@ -31,7 +31,7 @@ import numpy as np
 from rlvd_jax.errors import UserError
 
 ROWS = 128  # that there is room for where there are several micro-batches
-EXAMPLES = 16  # of a row at most, then
+EXAMPLES = 16  # of a row at most, then: more sequences make attention slow on GPUs
 LEAST_ROW = 128  # the shortest row worth a compilation of its own, and what attention kernels like to divide by
 
 

@@ -21,6 +21,7 @@ from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
 from rlvd_jax.qwen2.attention import BATCH
 from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, restack, unstack
+from rlvd_jax.training.batches import EXAMPLES
 from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -139,7 +140,7 @@ class Trainer:
             # A batch of fewer sequences, as the last one of an epoch, runs the program of the ones before.
             shape = batch["segments"].shape
             lengths = segment_lengths(batch["segments"], self._sequences.get(shape, 1))
-            self._sequences[shape] = min(16, lengths.shape[-1])  # more of them are slow
+            self._sequences[shape] = min(EXAMPLES, lengths.shape[-1])  # more of them are slow
             batch = batch | {"lengths": lengths}
         with jax.transfer_guard("allow"):
             return {name: put(x) for name, x in batch.items()}
