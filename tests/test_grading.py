@@ -534,7 +534,7 @@ from rlvd_jax.grading import Grader
 print("main", flush=True)
 with Grader(workers=2, deadline=2.0) as grader:
     print(grader.grade([("x", r"\boxed{x}")])[0].correct, flush=True)
-    handle = grader.submit([("x", r"\boxed{9^{9^{9}}+%d}" % i) for i in range(LENGTH)])
+    handle = grader.submit([("x", r"\boxed{9^{9^{9^9}}+%d}" % i) for i in range(LENGTH)])  # each ends by its deadline
     while len(grader._pool._workers) < 2 and LENGTH:
         time.sleep(0.01)
     print(*(w.pid for w in grader._pool._workers), flush=True)
@@ -582,7 +582,7 @@ def test_workers_end_with_the_parent(sent):
 
 def test_closing_fails_what_is_not_done():
     grader = Grader(workers=1, deadline=30)
-    handle = grader.submit([("x", boxed(f"9^{{9^{{9}}}}+{i}")) for i in range(10)])
+    handle = grader.submit([("x", boxed(f"9^{{9^{{9^9}}}}+{i}")) for i in range(10)])
     grader.close()
     with pytest.raises(RuntimeError, match="closed"):
         handle.result()
