@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from scipy import special, stats
 
-from rlvd_jax.sampling import filters
+from rlvd_jax.sampling import filters, tpu_draw
 
 DRAWS = 100_000
 
@@ -33,6 +34,28 @@ def test_top_k_is_that_of_lax(vocab, k):
     expected_values, expected_column = jax.lax.top_k(jnp.array(x), k)
     np.testing.assert_array_equal(values, expected_values)
     np.testing.assert_array_equal(column, expected_column)
+
+
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(10, 5003, 9), (19, 10_240, 19)])
+def test_kernels_for_tpus_change_no_draw(rows, vocab, k, monkeypatch):
+    """Rows and blocks that don't fill what the kernels read at once; with top-p too."""
+    monkeypatch.setattr(tpu_draw, "ROWS", 8)
+    monkeypatch.setattr(tpu_draw, "BLOCKS", 12)
+    x = logits_of_all_kinds(rows, vocab)
+    x[6] = np.clip(x[6], -1e3, 1e3)
+    with pltpu.force_tpu_interpret_mode():
+        values, column = filters.top_k(jnp.array(x), k, "tpu")
+    expected_values, expected_column = jax.lax.top_k(jnp.array(x), k)
+    np.testing.assert_array_equal(values, expected_values)
+    np.testing.assert_array_equal(column, expected_column)
+
+    x, draw = np.delete(x, 3, 0), jax.jit(filters.draw, static_argnums=range(2, 6))
+    for p in (1.0, 0.8):
+        expected = draw(x, keys(rows - 1), 0.9, k, p)
+        with pltpu.force_tpu_interpret_mode():
+            token, logprob = draw(x, keys(rows - 1), 0.9, k, p, "tpu")
+        np.testing.assert_array_equal(token, expected[0])
+        np.testing.assert_allclose(logprob, expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("vocab", "k"), [(9, 1), (61, 1), (61, 50), (61, 61), (2048, 50)])

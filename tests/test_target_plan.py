@@ -75,7 +75,7 @@ def sampling_on(c, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=
 
 def test_sampling():
     memory, weights, position = 15.75 * GIB, 2 * BIG.parameters, 36 * 2 * 2 * 128 * 2
-    logits = 3 * 4 * BIG.vocab_size  # of a slot
+    logits = 2 * 4 * BIG.vocab_size  # of a slot
     length = 4288  # a prompt of 256 and 4,000 tokens, in pages of 64
     part = sampling_on(BIG)
     assert part.fits and 0.92 * memory - 64 * position < part.memory <= 0.92 * memory  # all that there is, in pages
@@ -90,7 +90,7 @@ def test_sampling():
     assert sampling_on(BIG, slots=30).said == "30 slots"
     plain = sampling_on(BIG, dtype=jnp.float32, memory=31.25 * GIB)
     room = 0.92 * 31.25 * GIB - 2 * weights
-    assert plain.said == f"{int(room // (length * 2 * position + 2 * logits)) // 16 * 16} slots"
+    assert plain.said == f"{int(room // (length * 2 * position + 3 * logits)) // 16 * 16} slots"
 
     # What does not fit: weights, or a response.
     full = sampling_on(BIG, taken={"held": 0.92 * memory - weights + 1})
@@ -109,7 +109,7 @@ def test_sampling():
     assert not short.fits
     assert "one response of 4,288 tokens is too long for the 14.5 GiB that the sampler may fill: lower" in short.said
     whole = sampling_on(BIG, max_tokens=10**6)  # a response ends with the model's context
-    assert re.fullmatch(r"\d+ slots, room for 6 of the longest responses", whole.said)
+    assert re.fullmatch(r"\d+ slots, room for 7 of the longest responses", whole.said)
 
 
 def test_sampling_by_several_devices_together():
@@ -118,7 +118,7 @@ def test_sampling_by_several_devices_together():
     part = sampling_on(huge, chips=16, hosts=2, memory=31.25 * GIB, responses=320)
     embedding = 152064 * 5120
     weights = 2 * (embedding + (huge.parameters - embedding) / 4)
-    pages = (0.92 * 31.25 * GIB - weights - 96 * 3 * 4 * 152064) / (64 * 2 * 2 * 128 * 2) - 8 * 512
+    pages = (0.92 * 31.25 * GIB - weights - 96 * 2 * 4 * 152064) / (64 * 2 * 2 * 128 * 2) - 8 * 512
     longest = int(pages // 4288)
     assert part.fits
     assert part.said == f"96 slots, room for {longest} of the longest responses, weights split over 4 devices"

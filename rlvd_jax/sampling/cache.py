@@ -6,13 +6,14 @@ Two ways to lay them out, chosen once for a sampler.
 kv_heads, head_dim, positions] and values as [slots, kv_heads, positions, head_dim], so that both matrix products run on
 the cache as it lies.
 
-`paged`, for GPUs (gpu.py) and TPUs (JAX's paged attention): [kv_heads, pages, page_size, head_dim], where a table says
-which page holds which positions of a slot. A response takes pages as it grows, the whole pages of a prompt are
-shared by its samples, and only what is filled is read.
+`paged`: a table says which page holds which positions of a slot. A response takes pages as it grows, the whole pages of
+a prompt are shared by its samples, and only what is filled is read. For GPUs (gpu.py) keys, and values, are [kv_heads,
+pages, page_size, head_dim]; for TPUs (tpu.py) a page holds all that belongs to its positions: [pages, ...].
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -20,13 +21,10 @@ import jax.numpy as jnp
 
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import rotate
-from rlvd_jax.sampling import gpu
+from rlvd_jax.sampling import gpu, tpu
 
 Layout = Literal["plain", "gpu", "tpu", "interpret"]
 """`plain`, or whose kernel attends to pages; `interpret` is the GPU's, step by step on any device, for tests."""
-
-TPU_PAGES = 4  # pages that the TPU's kernel reads at once
-TPU_TABLE = 2**17  # entries of the table that it takes: half of the 1 MiB of memory for scalars
 
 
 class Place(NamedTuple):
@@ -39,6 +37,15 @@ class Place(NamedTuple):
     cores: int = 1  # of a TPU's chip, which work as one device
     fresh: int = 1  # new tokens of each slot, one after the other from `position` on; several for the GPU's kernel only
     room: jax.Array | None = None  # [slots] int32, how many of several may be written
+    items: list[tuple[int, tpu.Plan]] | None = None  # of a TPU's kernel, see `planned`
+
+
+def planned(place: Place, layout: Layout, layers) -> Place:
+    """With what the kernel needs to know of all slots, which is the same in each layer of the cache."""
+    if layout != "tpu":
+        return place
+    position = jnp.where(place.live, place.position, -1)
+    return place._replace(items=tpu.plan(position, place.table, layers[0][0].shape, place.cores))
 
 
 def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
@@ -57,23 +64,22 @@ def page_size(layout: Layout) -> int:
 def pages_of(positions: int, layout: Layout) -> int:
     """Pages that a slot's row of the table has for so many positions: the TPU's kernel takes several at once."""
     pages = -(-positions // page_size(layout))
-    return -(-pages // TPU_PAGES) * TPU_PAGES if layout == "tpu" else pages
-
-
-def stored_dim(c: Qwen2Config, layout: Layout) -> int:
-    """A head's size in the cache: the TPU's kernel reads whole vectors of 128."""
-    return -(-c.head_dim // 128) * 128 if layout == "tpu" else c.head_dim
+    return -(-pages // tpu.PAGES) * tpu.PAGES if layout == "tpu" else pages
 
 
 def position_bytes(c: Qwen2Config, layout: Layout, itemsize: int) -> int:
     """Bytes that one position of one response takes in all layers."""
-    return c.cache_bytes(itemsize) * stored_dim(c, layout) // c.head_dim
+    if layout == "tpu":
+        return itemsize * c.num_hidden_layers * math.prod(tpu.page_shape(c.num_key_value_heads, 1, c.head_dim))
+    return c.cache_bytes(itemsize)
 
 
 def shapes(c: Qwen2Config, layout: Layout, kv_heads: int, slots: int, room: int):
-    """Shapes of a layer's keys and values. room: positions of a slot (`plain`), or pages."""
+    """Shapes of a layer's arrays: keys and values, or a TPU's pages. room: positions of a slot (`plain`), or pages."""
+    if layout == "tpu":
+        return ((room, *tpu.page_shape(kv_heads, page_size(layout), c.head_dim)),)
     if layout != "plain":
-        return ((kv_heads, room, page_size(layout), stored_dim(c, layout)),) * 2
+        return ((kv_heads, room, page_size(layout), c.head_dim),) * 2
     return (slots, kv_heads, c.head_dim, room), (slots, kv_heads, room, c.head_dim)
 
 
@@ -88,10 +94,16 @@ def insert(layer, layout: Layout, prompt_layer, source, to):
         k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
         return keys.at[to, :, :, :time].set(k, mode="drop"), values.at[to, :, :time].set(v, mode="drop")
 
-    def put(old, new):  # [kv_heads, pages, page_size, dim], [prompts, time, kv_heads, head_dim]
-        size, dim = old.shape[2:]
-        pages = new.reshape(-1, size, *new.shape[2:])[source].transpose(2, 0, 1, 3).astype(old.dtype)
-        return old.at[:, to].set(jnp.pad(pages, [(0, 0)] * 3 + [(0, dim - pages.shape[3])]), mode="drop")
+    def pages(new):  # [prompts, time, kv_heads, head_dim] → [copies, page_size, kv_heads, head_dim]
+        return new.reshape(-1, page_size(layout), *new.shape[2:])[source]
+
+    if layout == "tpu":
+        (pool,) = layer
+        new = tpu.pages(*(pages(x).swapaxes(1, 2).astype(pool.dtype) for x in prompt_layer))
+        return (pool.at[to].set(new, mode="drop"),)
+
+    def put(old, new):
+        return old.at[:, to].set(pages(new).transpose(2, 0, 1, 3).astype(old.dtype), mode="drop")
 
     return tuple(put(old, new) for old, new in zip(layer, prompt_layer, strict=True))
 
@@ -103,6 +115,9 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     positions. → (the layer's cache, [slots * fresh, heads * head_dim]). For the GPU's kernel qkv has a leading axis of
     parts, see `gpu.product`.
     """
+    if layout == "tpu":
+        out, pool = tpu.attend(qkv, bias, rope, place.items, *layer, heads=heads, cores=place.cores)
+        return (pool,), out
     keys, values = layer
     if layout in ("gpu", "interpret"):
         position = jnp.where(place.live, place.position, -1)
@@ -114,8 +129,6 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     qkv = (qkv + bias).reshape(slots, -1, 2 * rope[0].shape[-1])
     q, k, v = jnp.split(qkv, [heads, (heads + qkv.shape[1]) // 2], axis=1)
     q, k, v = rotate(q, rope), rotate(k, rope).astype(keys.dtype), v.astype(values.dtype)
-    if layout == "tpu":
-        return _attend_tpu(layer, q, k, v, place)
     slot = jnp.arange(slots)
     how = {"unique_indices": True, "mode": "promise_in_bounds"}
     keys = keys.at[slot, :, :, place.position].set(k, **how)
@@ -130,34 +143,3 @@ def _attend_plain(q, keys, values, lengths):
     filled = jnp.arange(keys.shape[-1]) < lengths[:, None]  # [slots, span]
     weights = jax.nn.softmax(jnp.where(filled[:, None, None], scores, -1e30), axis=-1)
     return jnp.einsum("bkgs,bksd->bkgd", weights.astype(values.dtype), values).reshape(slots, heads * dim)
-
-
-def _attend_tpu(layer, q, k, v, place: Place):
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
-
-    keys, values = layer
-    kv_heads, pages, size, stored = keys.shape
-    slots, heads, dim = q.shape
-    page = jnp.take_along_axis(place.table, place.position[:, None] // size, axis=1)[:, 0]
-    row = jnp.arange(kv_heads)[:, None] * (pages * size) + page * size + place.position % size
-    row = jnp.where(place.live, row, kv_heads * pages * size).reshape(-1)  # out of range: dropped
-
-    def put(old, new):  # [kv_heads, pages, size, stored], [slots, kv_heads, dim]
-        new = jnp.pad(new, ((0, 0), (0, 0), (0, stored - dim))).swapaxes(0, 1).reshape(-1, stored)
-        # By rows of the whole pool: with several dimensions to index the compiler would copy it into another layout.
-        return old.reshape(-1, stored).at[row].set(new, mode="drop").reshape(old.shape)
-
-    keys, values = put(keys, k), put(values, v)
-    # The kernel does not scale, and sums in the queries' dtype.
-    query = jnp.pad(q.astype(jnp.float32) * dim**-0.5, ((0, 0), (0, 0), (0, stored - dim)))
-    lengths = jnp.where(place.live, place.position + 1, 1)
-    how = {
-        "pages_per_compute_block": TPU_PAGES,
-        "megacore_mode": "batch" if place.cores == 2 and slots % 2 == 0 else None,
-    }
-    some = TPU_TABLE // place.table.shape[1] // 2 * 2
-    out = [
-        paged_attention(query[i : i + some], keys, values, lengths[i : i + some], place.table[i : i + some], **how)
-        for i in range(0, slots, some)
-    ]
-    return (keys, values), jnp.concatenate(out)[..., :dim].reshape(slots, heads * dim).astype(q.dtype)

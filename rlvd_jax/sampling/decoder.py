@@ -216,6 +216,7 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
     rope = rope_table(position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
     x = weights["embedding"][tokens]
+    place = cache.planned(place, layout, layers)
     new = []
     if layout in ("gpu", "interpret"):
         interpret = layout == "interpret"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
-from rlvd_jax.sampling import gpu
+from rlvd_jax.sampling import gpu, tpu_draw
 
 BLOCK = gpu.BLOCK
 SMALL = 2048  # a vocabulary up to this size is filtered whole
@@ -24,8 +24,12 @@ def top_k(x, k: int, platform: str = "cpu"):
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
-    if platform == "tpu" or blocks <= 4 * k:
+    if blocks <= 4 * k:
         return jax.lax.top_k(x, k)
+    if platform == "tpu":
+        values, column, _ = tpu_draw.candidates(x, k)
+        values, index = jax.lax.top_k(values, k)
+        return values, jnp.take_along_axis(column, index, axis=1)
     padded = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - columns)), constant_values=-jnp.inf)
     padded = padded.reshape(rows, blocks, BLOCK)
     _, block = jax.lax.top_k(padded.max(axis=-1), k)
@@ -76,7 +80,7 @@ def draw(logits, keys, temperature: float, k: int, p: float, platform: str = "cp
     vocab = logits.shape[-1]
     if platform == "gpu" and gpu.draws(k, p) and vocab > SMALL:
         return gpu.draw(logits, keys, temperature, k)
-    scaled = logits / temperature
+    scaled, log_sum = logits / temperature, None
     every = jnp.broadcast_to(jnp.arange(vocab, dtype=jnp.int32), scaled.shape)
     if p < 1:
         values, column = top_k(scaled, min(k, vocab) if k else vocab, platform)
@@ -87,13 +91,18 @@ def draw(logits, keys, temperature: float, k: int, p: float, platform: str = "cp
         values, column = scaled, every
     elif vocab <= SMALL:
         values, column = keep_top_k(scaled, k), every
+    elif platform == "tpu" and vocab > 4 * k * tpu_draw.BLOCK:
+        values, column, log_sum = tpu_draw.candidates(scaled, k)
+        values = keep_top_k(values, k)
     else:
         values, column = top_k(scaled, k, platform)
     # Of exponential times with these rates, the first is a draw from the rates' distribution.
     rate = jnp.exp(values - values.max(axis=-1, keepdims=True))
     choice = _argmax(rate / _exponential(keys, column))[:, None]
     token = jnp.take_along_axis(column, choice, axis=1)[:, 0]
-    return token, _log_probability(scaled, token)
+    if log_sum is None:
+        return token, _log_probability(scaled, token)
+    return token, jnp.take_along_axis(values, choice, axis=1)[:, 0] - log_sum
 
 
 def _exponential(keys, column):

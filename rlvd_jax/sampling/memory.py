@@ -91,10 +91,8 @@ class Demand:
         """A slot's logits in float32, and what the filters make of them: without top-k they sort the vocabulary.
         With top-k the compiler says that little more than one copy is needed on TPUs, and by the GPU's kernel."""
         s = self.settings
-        if self.layout == "gpu":
-            copies = 2 if gpu.draws(s.top_k, s.top_p) else 6
-        else:
-            copies = 3 if self.layout == "tpu" and s.top_k else 6
+        few = gpu.draws(s.top_k, s.top_p) if self.layout == "gpu" else self.layout == "tpu" and s.top_k
+        copies = 2 if few else 6
         return copies * 4 * self.config.vocab_size
 
     @property

@@ -50,7 +50,8 @@ class Program(NamedTuple):
     @property
     def cache_spec(self) -> P:
         """Slots, or pages, over `data`; heads over `tensor`."""
-        return P("data", decoder.AXIS) if self.layout == "plain" else P(decoder.AXIS, "data")
+        by_layout = {"plain": P("data", decoder.AXIS), "tpu": P("data", None, decoder.AXIS)}
+        return by_layout.get(self.layout, P(decoder.AXIS, "data"))
 
 
 class Slots(NamedTuple):
