@@ -3,8 +3,8 @@ Pallas kernel.
 
 A page holds the keys and values of all heads side by side, so it is one copy of 64 KiB (1.5B). A core works on items,
 each `PAGES` pages of a slot, one slot after the other, with many items' copies on their way whatever slots they are of;
-what several items of a slot find is put together as in flash attention. The steps of `UNROLL` items stand in one
-stretch of code, so that the compiler can do them at once: the matrix products of one item wait for nothing of another.
+what several items of a slot find is put together as in flash attention. The steps of a few items stand in one stretch
+of code, so that the compiler can do them at once: the matrix products of one item wait for nothing of another.
 
 The newest keys and values are put into the copied page, and its 16 rows around them are copied back.
 """
@@ -22,9 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 PAGES = 4  # of an item
-UNROLL = 4
-AHEAD = 8  # items on their way to a core
-RING = AHEAD + 2 * UNROLL  # items: what is copied back has two rounds' time for it; a power of two
+ROUND = 2**20  # bytes of the items that are worked on together; twice as many are on their way to a core
 CHUNK = 64  # slots whose queries and results a core holds at a time
 TILE = 16  # rows of a page that are copied back together
 FEW = -1e30
@@ -49,7 +47,24 @@ class Shape(NamedTuple):
 
     @property
     def item(self) -> int:
+        """Positions."""
         return PAGES * self.size
+
+    @property
+    def together(self) -> int:
+        """Items that are worked on together, a power of two."""
+        size = 2 * PAGES * math.prod(page_shape(self.kv_heads, self.size, self.dim))
+        return 2 ** (max(1, ROUND // size).bit_length() - 1)
+
+    @property
+    def ahead(self) -> int:
+        """Items on their way to a core."""
+        return 2 * self.together
+
+    @property
+    def ring(self) -> int:
+        """Items that there is room for: what is copied back has two rounds' time for it."""
+        return 4 * self.together
 
 
 def packed(dim: int) -> bool:
@@ -98,7 +113,7 @@ def _kernel(
     def fetch(n, there):
         @pl.when(there & (n < everything))
         def _():
-            place = jnp.bitwise_and(n, RING - 1)
+            place = jnp.bitwise_and(n, s.ring - 1)
 
             @pl.when(writing[place] > 0)
             def _():
@@ -110,10 +125,10 @@ def _kernel(
 
     @pl.when(chunk == 0)
     def _():
-        for place in range(RING):
+        for place in range(s.ring):
             writing[place] = 0
         ring[...] = jnp.zeros_like(ring)  # what is not copied there must not be NaN
-        pl.loop(0, AHEAD)(lambda n: fetch(offset + n, True))
+        pl.loop(0, s.ahead)(lambda n: fetch(offset + n, True))
 
     # Queries and the newest keys, rotated; the newest values.
     lanes, half = qkv.shape[-1], s.dim // 2
@@ -169,13 +184,14 @@ def _kernel(
     def work(i, carry):
         slot, most, before, so_far = carry
         here = []
-        for j in range(UNROLL):
-            n = begun + i * UNROLL + j
-            there = i * UNROLL + j < items
-            fetch(n + AHEAD, there)
+        for j in range(s.together):
+            n = begun + i * s.together + j
+            there = i * s.together + j < items
+            fetch(n + s.ahead, there)
             # After the chunk's last item come some of which nothing is seen, at a place where there is nothing else.
-            place = jnp.where(there, jnp.bitwise_and(n, RING - 1), RING)
-            of, newest = item[n], jnp.where(there, at[n], -1)
+            place = jnp.where(there, jnp.bitwise_and(n, s.ring - 1), s.ring)
+            listed = jnp.minimum(n, everything - 1)
+            of, newest = item[listed], jnp.where(there, at[listed], -1)
             slot = jnp.where(there, jax.lax.shift_right_logical(of, 1), slot)
             here.append((n, there, there & (jnp.bitwise_and(of, 1) > 0), slot, newest, place))
         for n, there, *_, place in here:
@@ -198,12 +214,12 @@ def _kernel(
 
     zero = jnp.zeros((rows, 1), jnp.float32)
     start = jnp.int32(0), zero, zero, jnp.zeros((rows, lanes), jnp.float32)
-    jax.lax.fori_loop(0, pl.cdiv(items, UNROLL), work, start)
+    jax.lax.fori_loop(0, pl.cdiv(items, s.together), work, start)
     out[...] = (sums[...] / total[...]).astype(out.dtype)
 
     @pl.when(chunk == s.chunks - 1)
     def _():
-        for place in range(RING):
+        for place in range(s.ring):
             pl.when(writing[place] > 0)(back(place, 0, 0, 0).wait)
 
 
@@ -323,12 +339,12 @@ def _attend(qkv, bias, rope, items: Plan, pool, heads: int, cores: int):
             scratch_shapes=[
                 pltpu.VMEM((chunk, found, lanes), pool.dtype),
                 pltpu.VMEM((chunk, rows, lanes), jnp.float32),
-                pltpu.VMEM((RING + 1, PAGES, *pool.shape[1:]), pool.dtype),
+                pltpu.VMEM((s.ring + 1, PAGES, *pool.shape[1:]), pool.dtype),
                 pltpu.VMEM((chunk, found, lanes), jnp.float32),
                 pltpu.VMEM((chunk, found, 1), jnp.float32),
-                pltpu.SemaphoreType.DMA((RING,)),
-                pltpu.SemaphoreType.DMA((RING,)),
-                pltpu.SMEM((RING,), jnp.int32),
+                pltpu.SemaphoreType.DMA((s.ring,)),
+                pltpu.SemaphoreType.DMA((s.ring,)),
+                pltpu.SMEM((s.ring,), jnp.int32),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct((cores * chunks * chunk, found, lanes), pool.dtype), jax.typeof(pool)],
