@@ -15,30 +15,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from rlvd_jax.chips import GENERATIONS, GIB
 from rlvd_jax.errors import UserError
 from rlvd_jax.training.step import Trainer
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Of TPUs: what a program may use of a device's memory, and how slices are named."""
-
-    memory: float  # GiB
-    sides: int  # of a slice: 2 or 3
-    cores: int = 1  # a chip counts as so many in names like v5p-8
-    options: tuple = ()  # for get_topology_desc
-
-
-# Memory as the compiler states it when a program needs more.
-GENERATIONS = {
-    "v4": Generation(30.75, 3, 2, (("chip_config_name", "megacore"),)),
-    "v5e": Generation(15.75, 2),
-    "v5p": Generation(95.74, 3, 2),
-    "v6e": Generation(31.25, 2),
-    "tpu7x": Generation(94.75, 3, 2),
-}
 ALIASES = {"v5litepod": "v5e"}
 
 # libtpu, on a machine without a TPU: several processes may use it at once, nothing is asked of a metadata server, and

@@ -95,6 +95,7 @@ def cudnn(q, k, v, lengths):
 
 # ---- TPUs ----------------------------------------------------------------------------------------------
 
+KEPT = "attention"  # what the kernel's backward pass needs of its forward pass, for `model.keeping`
 LANES = 128  # a TPU's vector registers are so wide; the kernel's blocks are multiples of it
 
 
@@ -138,6 +139,7 @@ def splash(q, k, v, segments, interpret: bool = False):
     kernel = library.make_splash_mha_single_device(
         library.MultiHeadMask([library.CausalMask((padded, padded))] * heads),
         block_sizes=library.BlockSizes(**dict.fromkeys(sizes, block)),
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     segments = jnp.pad(segments, ((0, 0), (0, padded - time)))

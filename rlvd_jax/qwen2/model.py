@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rlvd_jax.qwen2 import gpu
+from rlvd_jax.qwen2 import attention, gpu
 from rlvd_jax.qwen2.attention import attend, platform_of
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import heads, rms_norm, rope_table, swiglu, wide
@@ -83,7 +83,7 @@ def keeping(*names):
     returns."""
 
     def policy(primitive, *_, **params) -> bool:
-        named = primitive.name == "name" and params["name"] in names
+        named = primitive.name == "name" and params["name"] in (attention.KEPT, *names)
         return named or "dot_product_attention_fwd" in primitive.name
 
     return policy
@@ -169,11 +169,12 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: int = 0):
+    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: int | None = None):
         """Hidden states after the final norm.
 
         tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh, lengths: see `attend`. keep: of
-        how many layers the backward pass need not compute again the wide products; without `unstack` all or none.
+        how many layers the backward pass need not compute again the wide products, without `unstack` of all or none,
+        beside what attention's kernel returns; None: nothing but what goes into each layer is kept, without `unstack`.
         → [batch, time, hidden], `dtype`.
         """
         c = self.config
@@ -188,11 +189,11 @@ class Qwen2(nnx.Module):
             # Without a loop XLA would find what is computed twice and keep it, if prevent_cse were not left on.
             for i in range(c.num_hidden_layers):
                 # The last layers keep more: their memory is the first to be free again.
-                names = (HEADS, WIDE) if i >= c.num_hidden_layers - keep else (HEADS,)
+                names = (HEADS, WIDE) if i >= c.num_hidden_layers - (keep or 0) else (HEADS,)
                 w = {name: layers[i] for name, layers in weights.items()}
                 x, _ = jax.checkpoint(body, policy=keeping(*names))(x, w)
         else:
-            policy = keeping(WIDE) if keep else None
+            policy = None if keep is None else keeping(WIDE) if keep else keeping()
             x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, weights)
         return rms_norm(x, self.final_norm[...], c.rms_norm_eps)
 

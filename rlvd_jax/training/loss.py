@@ -8,10 +8,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from rlvd_jax.qwen2.attention import BATCH, alone, platform_of
 from rlvd_jax.training import gpu
+
+ROWS, WHOLE = PartitionSpec(None, *BATCH), PartitionSpec()  # arrays [chunks, rows, ...], and the table
 
 LOGITS_AT_ONCE = 2**28  # elements of the one block of logits that exists at a time on a device: 1 GiB in float32
 
@@ -86,6 +88,40 @@ def _pull(z, norm, entropy, target, of_logp, of_entropy, hidden, cast, temperatu
     return to_hidden, jnp.einsum("...v,...d->vd", to_z, hidden, preferred_element_type=jnp.float32)
 
 
+def _by_device(mesh: Mesh | None) -> bool:
+    """Whether several devices each go over the chunks of their own rows. Where the vocabulary is split, it is left to
+    the compiler."""
+    return _shards(mesh) > 1 and mesh.shape["tensor"] == 1
+
+
+def _over_chunks(chunk, cast, arrays, mesh: Mesh | None):
+    """(the sum of what `chunk(cast, arrays of a chunk)` returns first, float32 [V, D], all that it returns second).
+
+    cast: the table; arrays: a tree of [chunks, rows, ...]. Each device sums over its own rows' chunks, and the devices'
+    sums are added up once: the compiler would do it for each chunk, and bring the table together for each.
+    """
+
+    def run(cast, arrays):
+        def add(total, x):
+            more, out = chunk(cast, x)
+            return total + more, out
+
+        return jax.lax.scan(add, jnp.zeros(cast.shape, jnp.float32), arrays)
+
+    if not _by_device(mesh):
+        return run(cast, arrays)
+    split = cast.shape[1] % mesh.shape["fsdp"] == 0  # as the table is, see qwen2/mesh.py
+
+    def on_each(cast, arrays):
+        total, out = run(cast, arrays)
+        if split:
+            total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(total, "data" if split else ("data", "fsdp")), out
+
+    out_specs = PartitionSpec(None, "fsdp") if split else WHOLE, ROWS
+    return jax.shard_map(on_each, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=out_specs, check_vma=False)(cast, arrays)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _logprobs(hidden, table, target, temperature: float, mesh: Mesh | None, of_entropy: bool):
     """(log-probability of `target`, entropy), both [chunks, rows, size], from hidden [chunks, rows, size, D] and table
@@ -100,24 +136,27 @@ def _logprobs(hidden, table, target, temperature: float, mesh: Mesh | None, of_e
 
 
 def _logprobs_forward(hidden, table, target, temperature, mesh, of_entropy):
-    cast = table.astype(hidden.dtype)
-    norm, logp, entropy = jax.lax.map(lambda x: _read(x[0], cast, x[1], temperature, mesh)[1:], (hidden, target))
+    def run(cast, arrays):
+        return jax.lax.map(lambda x: _read(x[0], cast, x[1], temperature, mesh)[1:], arrays)
+
+    if _by_device(mesh):
+        run = jax.shard_map(run, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=ROWS, check_vma=False)
+    norm, logp, entropy = run(table.astype(hidden.dtype), (hidden, target))
     return (logp, entropy), (hidden, table, target, norm, entropy)
 
 
 def _logprobs_backward(temperature, mesh, of_entropy, kept, cotangents):
     hidden, table, target, norm, entropy = kept
-    cast = table.astype(hidden.dtype)
 
-    def chunk(to_table, x):
+    def chunk(cast, x):
         h, target, norm, entropy, of_logp, of_its_entropy = x
         z = _scores(h, cast) / temperature
         of_its_entropy = of_its_entropy if of_entropy else None
         to_hidden, more = _pull(z, norm, entropy, target, of_logp, of_its_entropy, h, cast, temperature)
-        return to_table + more, to_hidden
+        return more, to_hidden
 
-    zeros = jnp.zeros(table.shape, jnp.float32)
-    to_table, to_hidden = jax.lax.scan(chunk, zeros, (hidden, target, norm, entropy, *cotangents))
+    cast = table.astype(hidden.dtype)
+    to_table, to_hidden = _over_chunks(chunk, cast, (hidden, target, norm, entropy, *cotangents), mesh)
     return to_hidden, to_table.astype(table.dtype), None
 
 
@@ -179,17 +218,16 @@ def _token_loss(hidden, table, batch, objective: Objective | None, temperature: 
 
 
 def _token_loss_forward(hidden, table, batch, objective, temperature, mesh):
-    cast = table.astype(hidden.dtype)
-
-    def chunk(to_table, x):
+    def chunk(cast, x):
         h, batch = x
         z, norm, logp, entropy = _read(h, cast, batch["tokens"], temperature, mesh)
         slopes = jax.grad(lambda *of: loss(*of, batch, objective)[0], argnums=(0, 1))(logp, entropy)
         of_entropy = slopes[1] if objective and objective.entropy else None
         to_hidden, more = _pull(z, norm, entropy, batch["tokens"], slopes[0], of_entropy, h, cast, temperature)
-        return to_table + more, (logp, entropy, to_hidden)
+        return more, (logp, entropy, to_hidden)
 
-    to_table, (logp, entropy, to_hidden) = jax.lax.scan(chunk, jnp.zeros(table.shape, jnp.float32), (hidden, batch))
+    cast = table.astype(hidden.dtype)
+    to_table, (logp, entropy, to_hidden) = _over_chunks(chunk, cast, (hidden, batch), mesh)
     return loss(logp, entropy, batch, objective), (to_hidden, to_table.astype(table.dtype))
 
 

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlvd_jax import hosts
+from rlvd_jax import chips, hosts
 from rlvd_jax.config import OptimizerConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
@@ -24,6 +24,8 @@ from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, restack, unstack
 from rlvd_jax.training.batches import EXAMPLES
 from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
+
+TPU_SHARE = 0.9  # of a TPU's memory that an update may be reckoned to take
 
 
 @jax.tree_util.register_dataclass
@@ -62,19 +64,21 @@ def segment_lengths(segments: np.ndarray, least: int = 1) -> np.ndarray:
 
 def layers_kept(
     c: Qwen2Config, itemsize: int, mesh: Mapping[str, int], tokens: float, several: bool, unrolled: bool, limit: float
-) -> int:
+) -> int | None:
     """Of how many layers an update of at most `limit` bytes a device can keep the wide products (`model.keeping`).
 
     itemsize: of the dtype of the arithmetic. mesh: sizes of its axes. tokens: of a micro-batch on each device. several:
-    whether gradients of micro-batches are added up. unrolled: the layers are; else all are kept or none.
+    whether gradients of micro-batches are added up. unrolled: the layers are; else it is all or none, and None if there
+    is no room for what attention returns either.
     """
     split, layers = mesh["fsdp"] * mesh["tensor"], c.num_hidden_layers
     stream = c.hidden_size * itemsize
     if not unrolled:
         # Weights, moments, gradient and its sum in float32; the weights and their gradient in the dtype.
         state = c.parameters * (20 + 2 * itemsize) / split
-        each = kept_bytes(c, itemsize, WIDE) / mesh["tensor"] + stream
-        return layers if state + tokens * layers * each + 4 * 4 * LOGITS_AT_ONCE < limit else 0
+        room = (limit - state - 4 * 4 * LOGITS_AT_ONCE) / (tokens * layers) - stream
+        fits = [kept_bytes(c, itemsize, *names) / mesh["tensor"] < room for names in ((WIDE,), ())]
+        return layers if fits[0] else 0 if fits[1] else None
     # At its largest, when the last chunk of logits is there: weights and moments in float32, weights in the dtype, the
     # sums of the gradients, and the gradient of the unembedding; logits in float32 and their cotangent in the dtype.
     state = c.parameters * (12 + itemsize + 4 * several) + 4 * c.vocab_size * c.hidden_size
@@ -165,26 +169,28 @@ class Trainer:
         since their gradients are sums of many parts."""
         return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim == 3 else x, params)
 
-    def _keep(self, batch_shape) -> int:
+    def _keep(self, batch_shape) -> int | None:
         """Of how many layers a device has room to keep the wide products for the backward pass (`model.keeping`). On
-        TPUs none are kept, so that the program is the one that `--plan --target` compiles."""
-        platform = self.mesh.devices.flat[0].platform
-        c, itemsize = self.config, self.dtype.itemsize
-        if platform != "gpu":
-            return c.num_hidden_layers if platform == "cpu" else 0
-        limit = self.memory
+        TPUs the chip's memory decides, not what is free of it, so that `--plan --target` compiles the same program."""
+        device, c = self.mesh.devices.flat[0], self.config
+        if device.platform not in ("gpu", "tpu"):
+            return c.num_hidden_layers
+        limit = TPU_SHARE * chips.tpu_memory(device.device_kind) if device.platform == "tpu" else self.memory
         if limit is None:  # All processes trace together, and must come to the same program.
             limit = 0.9 * hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
         tokens = math.prod(batch_shape[1:]) / self.batch_shards
-        return layers_kept(c, itemsize, self.mesh.shape, tokens, batch_shape[0] > 1, self.unroll, limit)
+        itemsize, several = self.dtype.itemsize, batch_shape[0] > 1
+        kept = layers_kept(c, itemsize, self.mesh.shape, tokens, several, self.unroll, limit)
+        # GPUs keep what attention returns with the wide products, or neither, where layers are in a loop.
+        return None if device.platform == "gpu" and not self.unroll and not kept else kept
 
-    def _hidden(self, params, micro, keep: int = 0):
+    def _hidden(self, params, micro, keep: int | None = None):
         """(hidden states, the table that they are multiplied with)."""
         model = nnx.merge(self.graphdef, params)
         rows = micro["tokens"], micro["positions"], micro["segments"]
         return model(*rows, self.mesh, micro.get("lengths"), keep), model.unembedding()
 
-    def _loss(self, params, micro, keep: int):
+    def _loss(self, params, micro, keep: int | None):
         hidden, table = self._hidden(params, micro, keep)
         options = {"temperature": self.temperature, "mesh": self.mesh}
         return loss_of_hidden(hidden, table, micro, self.objective, **options)
