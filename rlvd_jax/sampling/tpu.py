@@ -100,7 +100,7 @@ def _kernel(
 
     def copies(n, place):
         """(copy, whether there is such a page) of each page of an item."""
-        of = [page[first[n] + i] for i in range(PAGES)]
+        of = [page[first[jnp.minimum(n, everything - 1)] + i] for i in range(PAGES)]
         each = [pltpu.make_async_copy(pool.at[x], ring.at[place, i], arrived.at[place]) for i, x in enumerate(of)]
         return zip(each, [x >= 0 for x in of], strict=True)
 
@@ -111,17 +111,16 @@ def _kernel(
         return pltpu.make_async_copy(of, to, written.at[place])
 
     def fetch(n, there):
-        @pl.when(there & (n < everything))
+        there &= n < everything
+        place = jnp.bitwise_and(n, s.ring - 1)
+
+        @pl.when(there & (writing[place] > 0))
         def _():
-            place = jnp.bitwise_and(n, s.ring - 1)
+            back(place, 0, 0, 0).wait()
+            writing[place] = 0
 
-            @pl.when(writing[place] > 0)
-            def _():
-                back(place, 0, 0, 0).wait()
-                writing[place] = 0
-
-            for copy, is_page in copies(n, place):
-                pl.when(is_page)(copy.start)
+        for copy, is_page in copies(n, place):
+            pl.when(there & is_page)(copy.start)
 
     @pl.when(chunk == 0)
     def _():
@@ -195,11 +194,8 @@ def _kernel(
             slot = jnp.where(there, jax.lax.shift_right_logical(of, 1), slot)
             here.append((n, there, there & (jnp.bitwise_and(of, 1) > 0), slot, newest, place))
         for n, there, *_, place in here:
-
-            @pl.when(there)
-            def _(n=n, place=place):
-                for copy, is_page in copies(n, place):
-                    pl.when(is_page)(copy.wait)
+            for copy, is_page in copies(n, place):
+                pl.when(there & is_page)(copy.wait)
 
         for n, _, _, slot, newest, place in here:
             pl.when((newest >= 0) & (newest < s.item))(partial(append, n, slot, newest, place))
