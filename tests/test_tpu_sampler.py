@@ -3,6 +3,7 @@ tokens are written into the pool where it lies. What the kernel computes is test
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import jax
@@ -210,11 +211,12 @@ def test_decoding_in_full(size, name, tensor, tokens):
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim, cores", [(12, 2, 128, 1), (7, 1, 64, 2), (3, 1, 16, 1)])
 def test_attention_to_pages_is_that_of_the_plain_form(heads, kv_heads, head_dim, cores, monkeypatch):
-    """Responses that end a page, begin one, and take several items of pages; idle slots; more items than are on their
-    way at once, chunks that are not full, a table that is taken in two parts."""
+    """Responses that end a page, begin one, and take several items of pages; idle slots; more items than there is room
+    for at once, chunks that are not full, a table that is taken in two parts."""
     size, room, chunk = cache.page_size("tpu"), 768, 4
     monkeypatch.setattr(tpu, "CHUNK", chunk)
-    monkeypatch.setattr(tpu, "TABLE", 10 * room // size)
+    monkeypatch.setattr(tpu, "TABLE", 13 * room // size)
+    monkeypatch.setattr(tpu, "ROUND", 4 * tpu.PAGES * math.prod(tpu.page_shape(kv_heads, size, head_dim)))  # two items
     position = np.array([63, 5, 64, 300, 255, 256, 700, 0, 511, 512, 90, 767, 1, 127, 128, 600, 17], np.int32)
     live = np.ones(position.size, bool)
     live[[1, 9, 16]] = False

@@ -187,8 +187,8 @@ def _kernel(
             n = begun + i * s.together + j
             there = i * s.together + j < items
             fetch(n + s.ahead, there)
-            # After the chunk's last item come some of which nothing is seen, at a place where there is nothing else.
-            place = jnp.where(there, jnp.bitwise_and(n, s.ring - 1), s.ring)
+            # After the chunk's last item come some of which nothing is seen.
+            place = jnp.bitwise_and(n, s.ring - 1)
             listed = jnp.minimum(n, everything - 1)
             of, newest = item[listed], jnp.where(there, at[listed], -1)
             slot = jnp.where(there, jax.lax.shift_right_logical(of, 1), slot)
@@ -335,7 +335,7 @@ def _attend(qkv, bias, rope, items: Plan, pool, heads: int, cores: int):
             scratch_shapes=[
                 pltpu.VMEM((chunk, found, lanes), pool.dtype),
                 pltpu.VMEM((chunk, rows, lanes), jnp.float32),
-                pltpu.VMEM((s.ring + 1, PAGES, *pool.shape[1:]), pool.dtype),
+                pltpu.VMEM((s.ring, PAGES, *pool.shape[1:]), pool.dtype),
                 pltpu.VMEM((chunk, found, lanes), jnp.float32),
                 pltpu.VMEM((chunk, found, 1), jnp.float32),
                 pltpu.SemaphoreType.DMA((s.ring,)),
