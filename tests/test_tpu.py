@@ -17,7 +17,7 @@ from rlvd_jax.qwen2 import Qwen2Config
 from rlvd_jax.qwen2.attention import BATCH, attend
 from rlvd_jax.qwen2.mesh import make_mesh
 from rlvd_jax.target_plan import largest_batch
-from rlvd_jax.training.loss import Objective
+from rlvd_jax.training.loss import Objective, loss_of_hidden
 from rlvd_jax.training.step import Trainer
 
 needs_libtpu = pytest.mark.skipif(
@@ -137,6 +137,31 @@ def test_weights_whole_on_each_device():
     assert all(kernel in text for kernel in KERNELS)
     inside, outside = all_reduced(text)
     assert inside == 0 and config.parameters < outside < config.parameters + 10
+
+
+@needs_libtpu
+@pytest.mark.parametrize("objective", [Objective(), Objective(ratio="sequence")])
+def test_the_table_is_brought_together_and_its_gradient_summed_once(objective):
+    """However many chunks of logits there are. In the second case its logits are made twice."""
+    mesh = make_mesh(MeshConfig(fsdp=8), targets.find("v5e-8").devices)
+    vocab, hidden, time = 1024, 256, 65
+
+    def array(*shape, dtype=jnp.float32, spec=BATCH):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    def loss(x, table, batch):
+        return loss_of_hidden(x, table, batch, objective, mesh=mesh, logits=16 * vocab)[0]
+
+    table = array(vocab, hidden, spec=jax.sharding.PartitionSpec(None, "fsdp"))
+    batch = {name: array(8, time) for name in ("weight", "advantage", "logp")}
+    batch |= {name: array(8, time, dtype=jnp.int32) for name in ("tokens", "segments")}
+    x = array(8, time, hidden, dtype=jnp.bfloat16)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, table, batch).compile().as_text()
+    for collective in ("all-reduce", "all-gather", "reduce-scatter"):
+        assert all_reduced(text, collective)[0] == 0
+    assert all_reduced(text, "all-gather")[1] == vocab * hidden
+    summed = all_reduced(text)[1] + all_reduced(text, "reduce-scatter")[1]
+    assert vocab * hidden / 8 <= summed < 1.1 * vocab * hidden
 
 
 @needs_libtpu

@@ -84,8 +84,9 @@ def examples(number: int, seed: int = 0, policy: bool = False) -> list[Example]:
     return made
 
 
-def all_reduced(program: str) -> tuple[int, int]:
-    """Elements that a compiled program's all-reduces return: of those inside loops, each counted once, and outside."""
+def all_reduced(program: str, collective: str = "all-reduce") -> tuple[int, int]:
+    """Elements that a compiled program's all-reduces return, or others of its collectives: of those inside loops, each
+    counted once, and outside."""
     parts = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
     inside, new = set(), set(re.findall(r"body=%([\w.-]+)", program))
     while new:
@@ -93,7 +94,7 @@ def all_reduced(program: str) -> tuple[int, int]:
         new = {name for part in new for name in re.findall(r"%([\w.-]+)", parts[part]) if name in parts} - inside
 
     def elements(part):
-        results = re.findall(r"= (.*) all-reduce(?:-start)?\(", part)
+        results = re.findall(rf"= (.*) {collective}(?:-start)?\(", part)
         shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(results))
         return sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
 

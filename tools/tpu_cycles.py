@@ -34,7 +34,7 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = .*?\b([\w\-]+)\(")
 
 def kernel_cycles(schedule: str, rounds: float) -> float:
     """Cycles of one kernel's schedule; rounds: of loops whose number is not in the code."""
-    depth, begins, trips = [], [], {}
+    depth, begins, trips, stages = [], [], {}, defaultdict(int)
     for line in schedule.splitlines():
         if not (found := LINE.match(line)):
             continue
@@ -42,6 +42,9 @@ def kernel_cycles(schedule: str, rounds: float) -> float:
         depth.append(depth[-1] if delay else len(found[2]))
         if found[1] == "LB":
             begins.append(len(depth) - 1)
+        # A pipelined loop has a round more for each stage after the first, in which most of the code is skipped.
+        for stage in re.findall(r"iteration index, stage = (\d)", line):
+            stages[begins[-1]] = max(stages[begins[-1]], int(stage))
         if test := TRIPS.search(line):
             trips[len(depth) - 1] = int(test[1])
     times, heads = [1.0] * len(depth), {(i, depth[i]) for i in begins}
@@ -51,7 +54,7 @@ def kernel_cycles(schedule: str, rounds: float) -> float:
             end += 1
         of_loop = [trips[i] for i in range(begin, end + 1) if i in trips and depth[i] == level]
         for i in range(begin, end + 1):
-            times[i] *= of_loop[-1] if of_loop else rounds
+            times[i] *= of_loop[-1] - stages[begin] if of_loop else rounds
     return sum(times)
 
 
