@@ -9,7 +9,8 @@ must read at the chip's bandwidth. Blocks that a kernel skips are counted like o
 are. The flags that make libtpu write its schedule down are its own, for debugging, and may go.
 
 Of a decode step the layers are compiled twice, one and two of them, and the difference is taken for each of the others.
-An update is compiled whole, which takes minutes, and one round of the loop over micro-batches is counted.
+An update is compiled whole, which takes minutes, and one round of the loop over micro-batches is counted, but not what
+comes after it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 CHIPS = {"v4": (1.05, 1.2), "v5e": (1.5, 0.819), "v5p": (1.75, 2.765), "v6e": (1.75, 1.64)}
 LINE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s*(LB|LH|LE|PB|PF|CT)?:\s*(>*)")
 TRIPS = re.compile(r"= scmp\.\w+\.s32\.totalorder [^/]*, (\d+) /\* loop exit test")
-INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = .*?\b([\w\-]+)\(")
+INSTRUCTION = re.compile(r"^ *(?:ROOT )?%([\w.-]+) = ", re.MULTILINE)
 
 
 def kernel_cycles(schedule: str, rounds: float) -> float:
@@ -59,21 +60,20 @@ def kernel_cycles(schedule: str, rounds: float) -> float:
 
 
 def executions(text: str) -> dict[str, float]:
-    """How often each instruction of a compiled program runs; a loop whose rounds are not known counts as one."""
-    inside, calls, computation = {}, defaultdict(list), None
-    for line in text.splitlines():
-        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = found[1]
-        elif found := INSTRUCTION.match(line):
-            inside[found[1]] = computation
-            if found[2] == "while":
-                n = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                calls[re.search(r"body=%?([\w.\-]+)", line)[1]].append((computation, float(n[1]) if n else 1.0))
+    """How often each instruction in a program's loops runs; a loop whose rounds are not known counts as one."""
+    computations = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+    callers = defaultdict(list)
+    for name, lines in computations.items():
+        for condition, body in re.findall(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)", lines):
+            test = computations[condition]
+            last = re.findall(r"= [su]32\[\]\S* constant\((\d+)\)", test)
+            counted = re.search(r"ROOT .* compare\(%get-tuple-element\S*, %constant\S*\), direction=LT", test)
+            callers[body].append((name, float(last[0]) if counted and len(last) == 1 else 1.0))
 
-    def times(computation):
-        return sum(n * times(caller) for caller, n in calls[computation]) if computation in calls else 1.0
+    def times(computation) -> float:
+        return sum(n * times(caller) for caller, n in callers[computation]) if computation in callers else 1.0
 
-    return {name: times(computation) for name, computation in inside.items()}
+    return {found: times(body) for body in list(callers) for found in INSTRUCTION.findall(computations[body])}
 
 
 def account(compile, folder: Path, rounds) -> dict[tuple[str, str], float]:
@@ -84,25 +84,13 @@ def account(compile, folder: Path, rounds) -> dict[tuple[str, str], float]:
     text = compile().as_text()
     times, cycles = executions(text), defaultdict(float)
     scopes = dict(re.findall(r'%([\w.\-]+) = .*?op_name="([^"]*)"', text))
-    body = set(re.findall(r"body=%?([\w.\-]+)", text))
-    looped = {name for name in times if name in _names_in(text, body)}
     for file in folder.glob("*-final_bundles.txt"):
         name = re.match(r"\d+-(.*)-\d+-final_bundles", file.name)
-        if name and name[1] in looped:
+        if name and name[1] in times:
             scope = "/".join(scopes.get(name[1], "").split("/")[-3:])
             key = re.sub(r"[.\d]+$", "", name[1]), scope
             cycles[key] += times[name[1]] * kernel_cycles(file.read_text(), rounds(name[1]))
     return cycles
-
-
-def _names_in(text: str, computations: set[str]) -> set[str]:
-    names, computation = set(), None
-    for line in text.splitlines():
-        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            computation = found[1]
-        elif computation in computations and (found := INSTRUCTION.match(line)):
-            names.add(found[1])
-    return names
 
 
 def decode_program(c, device, slots: int, length: int):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from rlvd_jax.qwen2 import attention, gpu
-from rlvd_jax.qwen2.attention import attend, platform_of
+from rlvd_jax.qwen2 import gpu
+from rlvd_jax.qwen2.attention import KEPT, attend, platform_of
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import heads, rms_norm, rope_table, swiglu, wide
 
@@ -83,7 +83,7 @@ def keeping(*names):
     returns."""
 
     def policy(primitive, *_, **params) -> bool:
-        named = primitive.name == "name" and params["name"] in (attention.KEPT, *names)
+        named = primitive.name == "name" and params["name"] in (KEPT, *names)
         return named or "dot_product_attention_fwd" in primitive.name
 
     return policy

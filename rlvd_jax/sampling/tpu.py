@@ -26,9 +26,7 @@ ROUND = 2**20  # bytes of the items that are worked on together; twice as many a
 CHUNK = 64  # slots whose queries and results a core holds at a time
 TILE = 16  # rows of a page that are copied back together
 FEW = -1e30
-TABLE = (
-    3 * 2**15
-)  # entries of the table that a call takes: with the lists of items two thirds of the memory for scalars
+TABLE = 3 * 2**15  # entries of the table that a call takes: with the lists, two thirds of the memory for scalars
 
 
 class Shape(NamedTuple):
@@ -97,10 +95,11 @@ def _kernel(
     everything = offset + count[core * s.chunks + s.chunks - 1]
     begun = offset + jnp.where(chunk == 0, 0, count[core * s.chunks + jnp.maximum(chunk - 1, 0)])
     items = offset + count[core * s.chunks + chunk] - begun
+    last = jnp.maximum(everything - 1, offset)  # what is beyond the lists' end is not looked up
 
     def copies(n, place):
         """(copy, whether there is such a page) of each page of an item."""
-        of = [page[first[jnp.minimum(n, everything - 1)] + i] for i in range(PAGES)]
+        of = [page[first[jnp.minimum(n, last)] + i] for i in range(PAGES)]
         each = [pltpu.make_async_copy(pool.at[x], ring.at[place, i], arrived.at[place]) for i, x in enumerate(of)]
         return zip(each, [x >= 0 for x in of], strict=True)
 
@@ -189,7 +188,7 @@ def _kernel(
             fetch(n + s.ahead, there)
             # After the chunk's last item come some of which nothing is seen.
             place = jnp.bitwise_and(n, s.ring - 1)
-            listed = jnp.minimum(n, everything - 1)
+            listed = jnp.minimum(n, last)
             of, newest = item[listed], jnp.where(there, at[listed], -1)
             slot = jnp.where(there, jax.lax.shift_right_logical(of, 1), slot)
             here.append((n, there, there & (jnp.bitwise_and(of, 1) > 0), slot, newest, place))
@@ -254,6 +253,8 @@ def _plan(position, table, size: int, cores: int) -> Plan:
 
     def kernel(position, count, item, at, first):
         def of_core(core, _):
+            item[core * most], at[core * most], first[core * most] = 0, -1, 0  # where there are no items
+
             def of_slot(i, n):
                 newest = position[core * each + i]
 
