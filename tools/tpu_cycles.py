@@ -1,16 +1,12 @@
-"""What a TPU's compiler says of the time of a decode step or of an update, on a machine with no TPU.
+"""What a TPU's compiler says of the time of a decode step, on a machine with no TPU.
 
-    python tools/tpu_cycles.py decode --target v6e-1 --size 1.5B --slots 1024 --positions 440
-    python tools/tpu_cycles.py update --target v6e-8 --size 1.5B
+    python tools/tpu_cycles.py --target v6e-1 --size 1.5B --slots 1024 --positions 440
 
 libtpu schedules every instruction when it compiles, so a kernel's cycles are the length of its code times the rounds of
-its loops. What is not in them: waiting for memory and for other chips, so beside the cycles stands what a decode step
-must read at the chip's bandwidth. Blocks that a kernel skips are counted like others: of splash attention's about half
-are. The flags that make libtpu write its schedule down are its own, for debugging, and may go.
+its loops. What is not in them: waiting for memory, so beside the cycles stands what a step must read at the chip's
+bandwidth; and what `lax.cond` chooses from, as the draw does where logits are tied. The flags that make libtpu write its schedule down are its own, for debugging, and may go.
 
-Of a decode step the layers are compiled twice, one and two of them, and the difference is taken for each of the others.
-An update is compiled whole, which takes minutes, and one round of the loop over micro-batches is counted, but not what
-comes after it.
+One and two layers are compiled, and the difference is taken for each of the others.
 """
 
 from __future__ import annotations
@@ -122,12 +118,10 @@ def decode_program(c, device, slots: int, length: int):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("decode", "update"))
     parser.add_argument("--target", default="v6e-1", help="a slice, as of --plan --target")
     parser.add_argument("--size", choices=("0.5B", "1.5B", "3B"), default="1.5B")
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=440, help="that each response has, on average")
-    parser.add_argument("--rows", type=int, default=4352, help="tokens of an update's rows")
     parser.add_argument("--most", type=int, default=20, help="kernels that are named")
     options = parser.parse_args()
 
@@ -142,17 +136,13 @@ def main():
         jax.config.update("jax_compilation_cache_dir", None)  # what is not compiled is not written down either
         target, c = targets.find(options.target), shape(options.size)
         hertz, bandwidth = CHIPS[targets.parse(options.target)[0]]
-        if options.what == "decode":
-            cycles = decode(c, target.devices[0], options, Path(folder))
-        else:
-            cycles = update(c, target, options.rows, Path(folder))
+        cycles = decode(c, target.devices[0], options, Path(folder))
     total = sum(cycles.values())
     for (name, scope), n in sorted(cycles.items(), key=lambda item: -item[1])[: options.most]:
         print(f"{n:>14,.0f} {n / hertz / 1e6:>9.3f} ms {n / total:>6.1%}  {name}  {scope}")
     print(f"{total:>14,.0f} {total / hertz / 1e6:>9.3f} ms  all")
-    if options.what == "decode":
-        read = 2 * c.parameters + options.slots * options.positions * c.cache_bytes(2)
-        print(f"{'':>14} {read / bandwidth / 1e9:>9.3f} ms  to read weights, keys and values once")
+    read = 2 * c.parameters + options.slots * options.positions * c.cache_bytes(2)
+    print(f"{'':>14} {read / bandwidth / 1e9:>9.3f} ms  to read weights, keys and values once")
 
 
 def decode(c, device, options, folder: Path) -> dict:
@@ -175,23 +165,6 @@ def decode(c, device, options, folder: Path) -> dict:
     more = c.num_hidden_layers - 2
     cycles = {key: two.get(key, 0) + more * (two.get(key, 0) - one.get(key, 0)) for key in one | two}
     return {key: n for key, n in cycles.items() if n > 0}
-
-
-def update(c, target, row: int, folder: Path) -> dict:
-    import jax.numpy as jnp
-
-    from rlvd_jax import targets
-    from rlvd_jax.config import GRPOConfig, MeshConfig
-    from rlvd_jax.qwen2.mesh import make_mesh
-    from rlvd_jax.target_plan import largest_batch
-    from rlvd_jax.training.loss import Objective
-    from rlvd_jax.training.step import Trainer
-
-    recipe = GRPOConfig(start="base", problems="train", row_tokens=row)
-    mesh = make_mesh(MeshConfig(fsdp=len(target.devices)), target.devices)
-    trainer = Trainer(c, jnp.dtype(jnp.bfloat16), mesh, recipe.optimizer, Objective(), 0.9)
-    batch = largest_batch(recipe, row, trainer.batch_shards)
-    return account(lambda: targets.compile_update(trainer, batch), folder, lambda name: 1.0)
 
 
 if __name__ == "__main__":
