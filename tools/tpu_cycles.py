@@ -4,7 +4,8 @@
 
 libtpu schedules every instruction when it compiles, so a kernel's cycles are the length of its code times the rounds of
 its loops. What is not in them: waiting for memory, so beside the cycles stands what a step must read at the chip's
-bandwidth; and what `lax.cond` chooses from, as the draw does where logits are tied. The flags that make libtpu write its schedule down are its own, for debugging, and may go.
+bandwidth; and what `lax.cond` chooses from, as the draw does where logits are tied. The flags that make libtpu write
+its schedule down are its own, for debugging, and may go.
 
 One and two layers are compiled, and the difference is taken for each of the others.
 """

@@ -50,9 +50,9 @@ class Shape(NamedTuple):
 
     @property
     def together(self) -> int:
-        """Items that are worked on together, a power of two."""
+        """Items that are worked on together, a power of two: more than eight would only be long to compile."""
         size = 2 * PAGES * math.prod(page_shape(self.kv_heads, self.size, self.dim))
-        return 2 ** (max(1, ROUND // size).bit_length() - 1)
+        return 2 ** (min(8, max(1, ROUND // size)).bit_length() - 1)
 
     @property
     def ahead(self) -> int:
