@@ -129,7 +129,7 @@ def test_updates_fit(size, kind, name):
 @needs_libtpu
 def test_weights_whole_on_each_device():
     """Attention is the kernel, and each device adds its own gradients up. More layers would only take longer."""
-    config = dataclasses.replace(QWEN["1.5B"], num_hidden_layers=2)
+    config = dataclasses.replace(QWEN["1.5B"], num_hidden_layers=1)
     mesh = make_mesh(MeshConfig(data=4), targets.find("v5p-8").devices)
     recipe, longest = RECIPES["grpo"]
     trainer = Trainer(config, jnp.dtype(jnp.bfloat16), mesh, recipe.optimizer, Objective(), 0.9)
