@@ -19,8 +19,8 @@ SMALL = 2048  # a vocabulary up to this size is filtered whole
 def top_k(x, k: int, platform: str = "cpu"):
     """The k largest of each row and their columns, largest first, ties by lower column. x: [rows, columns] float32.
 
-    A sort of whole rows is what `lax.top_k` costs on GPUs and CPUs for a vocabulary of 151,936, so there the k
-    blocks with the largest maxima are found first: they hold the k largest values.
+    `lax.top_k` sorts whole rows on GPUs and CPUs, and goes over them k times on TPUs, so with a vocabulary of 151,936
+    the k blocks with the largest maxima are found first: they hold the k largest values.
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
