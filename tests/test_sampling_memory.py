@@ -48,6 +48,7 @@ def test_what_a_response_takes_of_each_device():
     assert demand(100, tensor=2).position == position / 2
     assert demand(100, tensor=7 * 4).position == position / 4, "each has one head, a copy of it if need be"
     assert demand(100, top_k=0).work == 3 * demand(100).work == 24 * 152064
+    assert demand(100, top_k=1000).work == demand(100, top_k=0).work, "of so many a sort is what finds them"
     assert demand(100, "gpu", top_k=0).work == 3 * demand(100, "gpu").work == 24 * 152064
 
 

@@ -5,7 +5,8 @@
 libtpu schedules every instruction when it compiles, so a kernel's cycles are the length of its code times the rounds of
 its loops. What is not in them: waiting for memory, so beside the cycles stands what a step must read at the chip's
 bandwidth; and what `lax.cond` chooses from, as the draw does where logits are tied. The flags that make libtpu write
-its schedule down are its own, for debugging, and may go.
+its schedule down are its own, for debugging, and may go. Matrix products come out up to 5% faster than
+the makers' FLOP/s allow, so no figure is more exact than that.
 
 One and two layers are compiled, and the difference is taken for each of the others.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Of each device: GHz, and TB/s, from the makers' figures (a v4's or v5p's device is a chip of two cores).
+# Of each device: GHz, reckoned from the makers' FLOP/s, and their TB/s (a v4's or v5p's device is a chip of two cores).
 CHIPS = {"v4": (1.05, 1.2), "v5e": (1.5, 0.819), "v5p": (1.75, 2.765), "v6e": (1.75, 1.64)}
 LINE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s*(LB|LH|LE|PB|PF|CT)?:\s*(>*)")
 TRIPS = re.compile(r"= scmp\.\w+\.s32\.totalorder [^/]*, (\d+) /\* loop exit test")

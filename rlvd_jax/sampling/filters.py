@@ -24,12 +24,12 @@ def top_k(x, k: int, platform: str = "cpu"):
     """
     rows, columns = x.shape
     blocks = -(-columns // BLOCK)
-    if blocks <= 4 * k:
-        return jax.lax.top_k(x, k)
-    if platform == "tpu":
+    if platform == "tpu" and tpu_draw.takes(columns, k):
         values, column, _ = tpu_draw.candidates(x, k)
         values, index = jax.lax.top_k(values, k)
         return values, jnp.take_along_axis(column, index, axis=1)
+    if platform == "tpu" or blocks <= 4 * k:
+        return jax.lax.top_k(x, k)
     padded = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - columns)), constant_values=-jnp.inf)
     padded = padded.reshape(rows, blocks, BLOCK)
     _, block = jax.lax.top_k(padded.max(axis=-1), k)
@@ -91,7 +91,7 @@ def draw(logits, keys, temperature: float, k: int, p: float, platform: str = "cp
         values, column = scaled, every
     elif vocab <= SMALL:
         values, column = keep_top_k(scaled, k), every
-    elif platform == "tpu" and vocab > 4 * k * tpu_draw.BLOCK:
+    elif platform == "tpu" and tpu_draw.takes(vocab, k):
         values, column, log_sum = tpu_draw.candidates(scaled, k)
         values = keep_top_k(values, k)
     else:

@@ -11,7 +11,7 @@ from functools import cached_property
 from rlvd_jax.config import SamplingConfig
 from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2.config import Qwen2Config
-from rlvd_jax.sampling import cache, decoder, gpu
+from rlvd_jax.sampling import cache, decoder, gpu, tpu_draw
 from rlvd_jax.sampling.books import Plan
 
 PREFILL = 8  # prompts that a device prefills at once
@@ -88,12 +88,12 @@ class Demand:
 
     @property
     def work(self) -> int:
-        """A slot's logits in float32, and what the filters make of them: without top-k they sort the vocabulary.
-        With top-k the compiler says that little more than one copy is needed on TPUs, and by the GPU's kernel."""
-        s = self.settings
-        few = gpu.draws(s.top_k, s.top_p) if self.layout == "gpu" else self.layout == "tpu" and s.top_k
-        copies = 2 if few else 6
-        return copies * 4 * self.config.vocab_size
+        """A slot's logits in float32, and what the filters make of them: without top-k, or with a large k, they sort
+        the vocabulary. Else the compiler says that the GPU's and TPU's kernels need little more than one copy."""
+        s, vocab = self.settings, self.config.vocab_size
+        few = {"gpu": gpu.draws(s.top_k, s.top_p), "tpu": tpu_draw.takes(vocab, s.top_k)}
+        copies = 2 if few.get(self.layout) else 6
+        return copies * 4 * vocab
 
     @property
     def prompts(self) -> float:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from rlvd_jax.qwen2.attention import LANES
+
 PAGES = 4  # of an item
 ROUND = 2**20  # bytes of the items that are worked on together; twice as many are on their way to a core
 CHUNK = 64  # slots whose queries and results a core holds at a time

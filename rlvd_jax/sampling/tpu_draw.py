@@ -21,6 +21,11 @@ ROWS = 32  # that the first kernel reads at once
 TAKEN = 8  # rows that the second kernel reads at once, each whole
 
 
+def takes(columns: int, k: int) -> bool:
+    """Whether k is small enough for rows of so many columns that the blocks are few."""
+    return 0 < 4 * k * BLOCK < columns
+
+
 def _statistics(columns, x, largest, most, total):
     """Of some rows' blocks: the largest of each; of these and those before, the largest and the sum of exponentials."""
     at = pl.program_id(1)
