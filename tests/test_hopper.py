@@ -91,6 +91,16 @@ def test_the_activation_in_the_product(rows, k, f, tiling):
     np.testing.assert_allclose(np.float32(out[0]), expected, rtol=0.02, atol=0.1)
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_rows_that_nobody_needs_take_no_tiles(used):
+    h, w = normal(0, 256, 128), normal(1, 128, 128)
+    out = np.float32(multiplied(h, w, (128,), used=jnp.int32(used))[0])
+    right = np.isclose(out, np.float32(h) @ np.float32(w).T, rtol=0.01, atol=0.05)
+    tiles = -(-used // hopper.ROWS) * hopper.ROWS
+    assert right[:tiles].all()
+    assert NATIVE or not right[tiles:].all(axis=1).any(), "what is left there on a GPU may be right by chance"
+
+
 def scored(h, table, tiling):
     return hopper.scores(h, table, temperature=0.9, tiling=Tiling(*tiling), cores=CORES, interpret=INTERPRET)
 
@@ -152,16 +162,18 @@ def test_what_a_step_of_the_sampler_takes(as_on_hopper):
 
 
 def test_the_draw_from_hidden_states(as_on_hopper, monkeypatch):
-    """Is that from the same logits without their statistics."""
+    """Is that from the same logits without their statistics; rows that are not used may hold anything."""
+    used = 100
     hidden, table = normal(0, 128, 64), 0.3 * normal(1, 256, 64)
     keys = jax.random.bits(jax.random.key(2), (128, 2), jnp.uint32)
     found, scores = [], hopper.scores
     monkeypatch.setattr(hopper, "scores", lambda *args, **how: found.extend(scores(*args, **how)) or found)
-    token, logprob = gpu.draw_hidden(hidden, table, keys, 0.9, 4)
-    logits, *stats = found
-    np.testing.assert_allclose(logits, np.float32(hidden) @ np.float32(table).T, rtol=1e-4, atol=1e-3)
+    hidden_of_others = jnp.where((jnp.arange(128) < used)[:, None], hidden, jnp.nan)
+    token, logprob = (x[:used] for x in gpu.draw_hidden(hidden_of_others, table, keys, 0.9, 4, jnp.int32(used)))
+    logits, *stats = (x[:used] for x in found)
+    np.testing.assert_allclose(logits, np.float32(hidden[:used]) @ np.float32(table).T, rtol=1e-4, atol=1e-3)
     check_statistics(logits, stats)
-    expected, expected_logprob = gpu.draw(logits, keys, 0.9, 4)
+    expected, expected_logprob = gpu.draw(logits, keys[:used], 0.9, 4)
     np.testing.assert_array_equal(token, expected)
     np.testing.assert_allclose(logprob, expected_logprob, atol=1e-5)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 import pickle
 import subprocess
@@ -491,11 +492,37 @@ def test_products_of_more_rows_with_pages(model, requests, whole, monkeypatch):
     """As many slots as there are here have a kernel of their own; this is what more have."""
     taken, product = [], gpu.product
     monkeypatch.setattr(gpu, "FEW", 0)
-    monkeypatch.setattr(gpu, "product", lambda h, w, **how: taken.append(how["by"]) or product(h, w, **how))
+    monkeypatch.setattr(gpu, "product", lambda *a, **how: taken.append(how["by"]) or product(*a, **how))
     requests = requests[3:9]
     ours = run(paged(model, slots=11), requests)  # a number that no other test has a program for
     assert_same(ours, {key: whole[key] for key in ours})
     assert set(taken) == {"library"}
+
+
+def test_slots_that_are_done_are_left_out(model, requests, whole, monkeypatch):
+    """Of many slots those that are done come last in a step, and what kernels leave there is nobody's."""
+    monkeypatch.setattr(device, "PACKED", 9)
+    monkeypatch.setattr(gpu, "FEW", 0)
+
+    def of_used(find, h, w, used, **how):
+        out = find(h, w, used, **how)
+        return jnp.where((jnp.arange(len(h)) < used)[:, None], out, jnp.nan)
+
+    def spoilt(logits, *rest, draw=device.draw):
+        return draw(jnp.where(jnp.isnan(logits).any(), jnp.nan, logits), *rest)
+
+    for name in ("product", "gated"):
+        monkeypatch.setattr(gpu, name, functools.partial(of_used, getattr(gpu, name)))
+    monkeypatch.setattr(device, "draw", spoilt)
+    ours = run(paged(model, slots=9), requests)
+    assert_same(ours, whole)
+
+
+def test_live_slots_come_first():
+    live = jnp.array([False, True, True, False, False, True])
+    order, place = device._live_first(live)
+    assert order.tolist() == [1, 2, 5, 0, 3, 4]
+    assert order[place].tolist() == list(range(6))
 
 
 def test_groups_share_the_last_responses_evenly(monkeypatch):

@@ -35,6 +35,7 @@ class Place(NamedTuple):
     table: jax.Array  # [slots, pages of a slot] int32; `plain`: not used
     span: int  # `plain`: no position at or beyond it is filled
     cores: int = 1  # of a TPU's chip, which work as one device
+    used: jax.Array | None = None  # [] int32: live slots, if they come first and nothing need be found for the others
     fresh: int = 1  # new tokens of each slot, one after the other from `position` on; several for the GPU's kernel only
     room: jax.Array | None = None  # [slots] int32, how many of several may be written
     items: list[tuple[int, tpu.Plan]] | None = None  # of a TPU's kernel, see `planned`

@@ -219,17 +219,18 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
     place = cache.planned(place, layout, layers)
     new = []
     if layout in ("gpu", "interpret"):
-        interpret = layout == "interpret"
+        interpret, used = layout == "interpret", place.used
         by = gpu.products_by(tokens.shape[0], c.hidden_size, c.intermediate_size // tensor, tensor)
         product = partial(gpu.product, by=by, tensor=tensor, interpret=interpret)
         add_norm = partial(gpu.add_norm, eps=c.rms_norm_eps, interpret=interpret)
         y = jnp.zeros_like(x)[None]  # what the last block adds to the residual stream, in parts
         for w, layer in zip(weights["layers"], layers, strict=True):
             x, h = add_norm(x, y, w["input_norm"])
-            layer, out = cache.attend(layer, layout, product(h, w["qkv"]), w["qkv_bias"], rope, heads, place)
+            layer, out = cache.attend(layer, layout, product(h, w["qkv"], used), w["qkv_bias"], rope, heads, place)
             new.append(layer)
-            x, h = add_norm(x, _summed(product(out, w["o"]), tensor), w["post_norm"])
-            y = _summed(product(gpu.gated(h, w["gate_up"], by=by, interpret=interpret), w["down"]), tensor)
+            x, h = add_norm(x, _summed(product(out, w["o"], used), tensor), w["post_norm"])
+            h = gpu.gated(h, w["gate_up"], used, by=by, interpret=interpret)
+            y = _summed(product(h, w["down"], used), tensor)
         return new, add_norm(x, y, weights["final_norm"])[1]
     for w, layer in zip(weights["layers"], layers, strict=True):
         h = rms_norm(x, w["input_norm"], c.rms_norm_eps)

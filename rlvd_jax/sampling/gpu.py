@@ -46,23 +46,24 @@ def products_by(rows: int, hidden: int, mlp: int, tensor: int) -> By:
     return "many" if hopper.here() and hopper.takes(rows, hidden, mlp) else "library"
 
 
-def product(h, w, *, by: By = "library", tensor: int = 1, interpret=False):
-    """h @ w.T. h: [rows, k]; w: [n, k] → [parts, rows, n], to be added; float32 if there are several. by:
-    `products_by`; tensor: devices that add up results, which then have one part."""
+def product(h, w, used=None, *, by: By = "library", tensor: int = 1, interpret=False):
+    """h @ w.T. h: [rows, k]; w: [n, k] → [parts, rows, n], to be added; float32 if there are several. used: [] int32,
+    how many rows are needed, by default all: the others may hold anything. by: `products_by`; tensor: devices that add
+    up results, which then have one part."""
     if by == "few":
         return few_rows(h, w, interpret=interpret)
     if by == "many":
-        return hopper.dot(h, w, most_splits=1 if tensor > 1 else hopper.SPLITS)
+        return hopper.dot(h, w, used, most_splits=1 if tensor > 1 else hopper.SPLITS)
     return (h @ w.T)[None]
 
 
-def gated(h, w, *, by: By = "library", interpret=False):
-    """swiglu of h @ w.T, w's rows being first the gate's and then up's. h: [rows, k]; w: [2 f, k] → [rows, f]. by: as
-    for `product`; the kernels for few and for many rows have the activation in them."""
+def gated(h, w, used=None, *, by: By = "library", interpret=False):
+    """swiglu of h @ w.T, w's rows being first the gate's and then up's. h: [rows, k]; w: [2 f, k] → [rows, f]. used,
+    by: as for `product`; the kernels for few and for many rows have the activation in them."""
     if by == "few":
         return few_rows(h, w, gated=True, interpret=interpret)[0]
     if by == "many":
-        return hopper.gated_dot(h, w)
+        return hopper.gated_dot(h, w, used)
     return swiglu(*jnp.split(h @ w.T, 2, axis=-1))
 
 
@@ -392,19 +393,21 @@ def draws_hidden(hidden, table, temperature: float, k: int, p: float, tensor: in
     return whole and temperature > 0 and draws(k, p)
 
 
-def draw_hidden(hidden, table, keys, temperature: float, k: int):
+def draw_hidden(hidden, table, keys, temperature: float, k: int, used=None):
     """`draw` from the logits hidden @ table.T, with their statistics found where they are made. hidden: [rows, hidden];
     table: [vocab, hidden]."""
     how = hopper.tiling(*hidden.shape, len(table), most_splits=1)
-    logits, *stats = hopper.scores(hidden, table, temperature=temperature, tiling=how, cores=hopper.cores())
-    return draw(logits, keys, temperature, k, stats=stats)
+    logits, *stats = hopper.scores(hidden, table, used, temperature=temperature, tiling=how, cores=hopper.cores())
+    return draw(logits, keys, temperature, k, used, stats=stats)
 
 
-def draw(logits, keys, temperature: float, k: int, *, stats=None, num_warps: int = 8, interpret=False):
-    """As `filters.draw` at a temperature above 0, for what `draws` says. stats: those of `_statistics`, if known."""
+def draw(logits, keys, temperature: float, k: int, used=None, *, stats=None, num_warps: int = 8, interpret=False):
+    """As `filters.draw` at a temperature above 0, for what `draws` says. used: [] int32, how many rows are drawn for,
+    by default all; stats: those of `_statistics`, if known."""
     rows, vocab = logits.shape
     blocks = -(-vocab // BLOCK)
     most, total = stats or _statistics(logits, temperature, interpret)
+    used = jnp.full(1, rows if used is None else used, jnp.int32)
     token, logprob, _ = pl.pallas_call(
         partial(_select_kernel, temperature=temperature, k=k, vocab=vocab, blocks=blocks, barrier=not interpret),
         grid=(rows,),
@@ -416,7 +419,7 @@ def draw(logits, keys, temperature: float, k: int, *, stats=None, num_warps: int
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="draw_top_k",
-    )(logits, most, total, keys)
+    )(used, logits, most, total, keys)
     return token, logprob
 
 
@@ -447,7 +450,14 @@ def _stats_kernel(logits_ref, most_ref, total_ref, *, temperature, vocab, blocks
         plgpu.store(ref.at[row, block], value, mask=block < blocks)
 
 
-def _select_kernel(
+def _select_kernel(used_ref, *refs, **how):
+    # What the other rows hold may be anything, and what is found in it an address outside.
+    row = pl.program_id(0)
+    pl.when(row < used_ref[0])(lambda: _select(row, *refs, **how))
+
+
+def _select(
+    row,
     logits_ref,
     most_ref,
     total_ref,
@@ -462,7 +472,6 @@ def _select_kernel(
     blocks,
     barrier,
 ):
-    row = pl.program_id(0)
     block = jnp.arange(pl.next_power_of_2(blocks))
     there = block < blocks
     # Divided here, as the logits are below: another kernel may round otherwise, and they are compared.

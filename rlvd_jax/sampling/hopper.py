@@ -6,7 +6,7 @@ work out evenly.
 One warpgroup of a multiprocessor copies blocks of both matrices ahead into a ring in shared memory, two multiply them
 on the tensor cores, each its rows of the tile. Two multiprocessors of a cluster, which work on different rows, share
 what they read of the weights. Programs stay for as many tiles as fall to them, so that the next tile's blocks are on
-their way while a tile's results are written.
+their way while a tile's results are written. Rows that nobody needs, the last ones, take no tiles (`used`).
 """
 
 from __future__ import annotations
@@ -83,46 +83,47 @@ def tiling(rows: int, k: int, n: int, *, gated: bool = False, most_splits: int =
     return Tiling(columns, 2 if columns > 128 and pl.cdiv(rows, ROWS) % 2 == 0 else 1, splits)
 
 
-def dot(h, w, *, most_splits: int = SPLITS):
+def dot(h, w, used=None, *, most_splits: int = SPLITS):
     """h @ w.T. h: [rows, k] bfloat16; w: [n, k] → [splits, rows, n], to be added; float32 if there are several, else
-    bfloat16."""
-    return multiply(h, w, tiling=tiling(*h.shape, len(w), most_splits=most_splits), cores=cores())
+    bfloat16. used: [] int32, how many rows are needed, by default all: what the others hold in the end is undefined."""
+    return multiply(h, w, used, tiling=tiling(*h.shape, len(w), most_splits=most_splits), cores=cores())
 
 
-def gated_dot(h, w):
+def gated_dot(h, w, used=None):
     """swiglu of h @ w.T, w's rows being first the gate's and then up's. h: [rows, k] bfloat16; w: [2 f, k] → [rows, f]
-    bfloat16."""
-    return multiply(h, w, gated=True, tiling=tiling(*h.shape, len(w), gated=True), cores=cores())[0]
+    bfloat16. used: as in `dot`."""
+    return multiply(h, w, used, gated=True, tiling=tiling(*h.shape, len(w), gated=True), cores=cores())[0]
 
 
 @partial(jax.jit, static_argnames=("gated", "tiling", "cores", "interpret"))
-def multiply(h, w, *, gated: bool = False, tiling: Tiling, cores: int, interpret=False):
+def multiply(h, w, used=None, *, gated: bool = False, tiling: Tiling, cores: int, interpret=False):
     """What `dot` returns, in one way of several; gated: [1, rows, f], as `gated_dot`. cores: of the chip."""
     w = w.reshape(2 if gated else 1, -1, w.shape[1])
     dtype = h.dtype if tiling.splits == 1 else jnp.float32
     out = jax.ShapeDtypeStruct((tiling.splits, len(h), w.shape[1]), dtype)
-    return _run(h, w, [out], tiling, cores, interpret)[0]
+    return _run(h, w, used, [out], tiling, cores, interpret)[0]
 
 
 @partial(jax.jit, static_argnames=("temperature", "tiling", "cores", "interpret"))
-def scores(h, table, *, temperature: float, tiling: Tiling, cores: int, interpret=False):
+def scores(h, table, used=None, *, temperature: float, tiling: Tiling, cores: int, interpret=False):
     """Logits h @ table.T; of each GROUP of a row's the largest; and the sum of exponentials of how far each lies from
     it, over the temperature. h: [rows, k] bfloat16; table: [vocab, k] → float32 [rows, vocab], and twice [rows, vocab /
-    GROUP]"""
+    GROUP]. used: as in `dot`."""
     (rows, _), vocab, columns = h.shape, len(table), tiling.columns
     if vocab % GROUP or columns % GROUP:
         raise ValueError(f"{vocab} tokens in tiles of {columns}: not for groups of {GROUP}")
     high = ROWS * tiling.cluster  # statistics are written of whole tiles, also where these end beyond the logits
     stats = jax.ShapeDtypeStruct((pl.cdiv(vocab, columns) * columns // GROUP, pl.cdiv(rows, high) * high), jnp.float32)
     out = [jax.ShapeDtypeStruct((1, rows, vocab), jnp.float32), stats, stats]
-    logits, *stats = _run(h, table[None], out, tiling, cores, interpret, temperature)
+    logits, *stats = _run(h, table[None], used, out, tiling, cores, interpret, temperature)
     return logits[0], *(x[: vocab // GROUP, :rows].T for x in stats)
 
 
-def _run(h, w, out, t: Tiling, cores: int, interpret, temperature=None):
+def _run(h, w, used, out, t: Tiling, cores: int, interpret, temperature=None):
     """The kernel's results, which are like `out`. w: [pieces, n, k]: gate and up, if there are two; temperature: where
     statistics are asked for."""
     gated = len(w) > 1
+    used = jnp.full(1, len(h) if used is None else used, jnp.int32)
     return mgpu.kernel(
         partial(_kernel, gated=gated, temperature=temperature, t=t),
         out_type=out,
@@ -136,7 +137,7 @@ def _run(h, w, out, t: Tiling, cores: int, interpret, temperature=None):
         compiler_params=mgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
         kernel_name="gated_dot" if gated else "dot_of_many_rows" if temperature is None else "scores",
-    )(h, w)
+    )(h, w, used)
 
 
 def _plan(h, w, dtype, t: Tiling):
@@ -170,11 +171,11 @@ def _shared(shape, dtype):
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _kernel(h, w, out, *stats, h_blocks, w_blocks, results, full, free, gated: bool, temperature, t: Tiling):
-    (rows, k), (splits, _, n) = h.shape, out.shape
+def _kernel(h, w, used, out, *stats, h_blocks, w_blocks, results, full, free, gated: bool, temperature, t: Tiling):
+    k, (splits, _, n) = h.shape[1], out.shape
     (stages, pieces, width, _), (_, held, high, chunk) = w_blocks.shape, results.shape
     starts = [min(i, width - chunk) for i in range(0, width, chunk)]  # of what is written of a row, at a time
-    tall, wide = pl.cdiv(rows, ROWS * t.cluster), pl.cdiv(n, width)
+    tall, wide = lax.div(used[0] + (ROWS * t.cluster - 1), ROWS * t.cluster), pl.cdiv(n, width)
     blocks, left = divmod(k // BLOCK, splits)  # of a tile: the first `left` parts of k take one more
     # All indices are found here: what simulates kernels in jax 0.10 fails where they are asked for in branches.
     warpgroup, member = lax.axis_index("warpgroup"), lax.axis_index("cluster")

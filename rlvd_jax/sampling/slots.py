@@ -22,6 +22,7 @@ from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling.filters import draw
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
+PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
 TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
 
 
@@ -188,11 +189,21 @@ def _repeated(body, times: int):
     return body if times == 1 else lambda carry: jax.lax.fori_loop(0, times, lambda _, carry: body(carry), carry)
 
 
-def _draw(p: Program, weights, hidden, keys, platform: str):
-    """(token, log-probability) of each row of hidden states."""
+def _live_first(live):
+    """(slots, the live ones first; the place of each slot among them), [slots] int32 each."""
+    slot = jnp.arange(live.size, dtype=jnp.int32)
+    before = jnp.sum(live & (slot < slot[:, None]), axis=1, dtype=jnp.int32)
+    place = jnp.where(live, before, live.sum(dtype=jnp.int32) + slot - before)
+    return jnp.zeros_like(slot).at[place].set(slot, unique_indices=True), place
+
+
+def _draw(p: Program, weights, hidden, keys, platform: str, used=None):
+    """(token, log-probability) of each row of hidden states, or of so many as are used."""
     table = decoder.unembedding(p.config, weights)
     if p.layout == "gpu" and gpu.draws_hidden(hidden, table, p.temperature, p.top_k, p.top_p, p.tensor):
-        return gpu.draw_hidden(hidden, table, keys, p.temperature, p.top_k)
+        return gpu.draw_hidden(hidden, table, keys, p.temperature, p.top_k, used)
+    if used is not None:  # the others' may be no numbers, which kernels of the draw are not made for
+        hidden = jnp.where((jnp.arange(len(hidden)) < used)[:, None], hidden, 0)
     logits = decoder.logits(p.config, p.tensor, weights, hidden)
     return draw(logits, keys, p.temperature, p.top_k, p.top_p, platform)
 
@@ -208,6 +219,8 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     chip = p.mesh.devices.flat[0]
 
     def run(weights, layers, slots: Slots, table, ends, wake, steps):
+        packed = p.layout in ("gpu", "interpret") and slots.token.size >= PACKED
+
         def going(carry):
             taken, _, slots, _, _ = carry
             return (taken < steps) & (slots.done.sum() < wake[0])
@@ -215,12 +228,19 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
         def body(carry):
             taken, layers, s, tokens, logprobs = carry
             live = ~s.done
+            now, pages, used = s, table, None
+            if packed:
+                order, back = _live_first(live)
+                now, pages = jax.tree.map(lambda x: x[order], (s, table))
+                used = live.sum(dtype=jnp.int32)
             # Two cores on v4 and v5p, which count as one device.
-            place = kv.Place(s.position, live, table, span, getattr(chip, "num_cores", 1))
-            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, s.token, place)
+            place = kv.Place(now.position, ~now.done, pages, span, getattr(chip, "num_cores", 1), used)
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, now.token, place)
             with jax.named_scope("draw"):
-                token, logprob = _draw(p, weights, hidden, _fold(s.key, s.produced), chip.platform)
-            # A slot that is done keeps drawing, since all slots step together; nobody reads what it draws.
+                token, logprob = _draw(p, weights, hidden, _fold(now.key, now.produced), chip.platform, used)
+            if packed:
+                token, logprob = token[back], logprob[back]
+            # A slot that is done draws something too, since all slots step together; nobody reads it.
             produced = s.produced + live
             ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
             new = Slots(
