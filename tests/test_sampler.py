@@ -201,8 +201,16 @@ ON_EIGHT = """
     import jax
     from rlvd_jax.config import MeshConfig
     from rlvd_jax.qwen2.mesh import make_mesh, shard_params
+    from rlvd_jax.sampling.sampler import _Run
     from test_sampler import TIED, make_sampler, params_of, random_model, run, some_requests
 
+    def in_step(self, decode=_Run._decode):
+        rounds, log = decode(self)
+        taken = {int(n) for r in rounds for n in r.count[(r.count > 0) & ~r.done]}
+        assert len(taken) <= 1, f"some went on while others waited: {taken}"
+        return rounds, log
+
+    _Run._decode = in_step
     assert len(jax.devices()) == 8
     model = random_model(TIED)
     ends, requests = pickle.load(sys.stdin.buffer)
@@ -544,6 +552,20 @@ def test_groups_share_the_last_responses_evenly(monkeypatch):
                     g.occupant[np.flatnonzero(~g.live)[:10]] = [(request, i) for i in samples]
                 g.waiting.clear()
         assert [int(g.live.sum()) for g in run.groups] == expected
+
+
+def test_steps_of_a_round_of_several_groups(sampler):
+    run = object.__new__(sampler_module._Run)
+    run.p, run.slots, run.pace = sampler.program._replace(layout="gpu"), 512, 0.0
+    run.groups = [Group(Plan(512, 128, 0), 128, 1) for _ in range(2)]
+    for g, live in zip(run.groups, (512, 500), strict=True):
+        g.occupant[:live] = 0
+    assert run._in_step(128, [16, 40]) == 128, "nothing is known yet"
+    run.pace = 0.25  # 22 are wanted of each: 16 of one, 28 of the other
+    assert run._in_step(128, [16, 40]) == 88
+    assert run._in_step(64, [16, 40]) == 64
+    run.pace = 10.0
+    assert run._in_step(128, [16, 40]) == 4, "as many as are taken without a look"
 
 
 @pytest.mark.parametrize("layout", ["gpu", "interpret"])

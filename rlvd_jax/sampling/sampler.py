@@ -3,7 +3,8 @@
 Each device (or group of devices that share a model too large for one) holds `slots` responses in flight. A prompt is
 prefilled once on a device, all but its last token, and its keys and values go to each of its samples; the last token
 is what a sample's first step begins with. Then the device decodes by itself, in one `while_loop`, until enough
-responses have ended to be worth refilling; the host fetches what was drawn, and hands out slots and pages.
+responses have ended to be worth refilling; the host fetches what was drawn, and hands out slots and pages. Several
+devices all take the same number of steps, after which as many should have ended, so that none waits for another.
 
 Every draw's key is a function of (seed, question, sample, position) alone, so the responses don't depend on the
 number of slots or devices, the order of the queue, or a restart (up to the rounding of matrix products of other
@@ -235,6 +236,7 @@ class _Run:
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
+        self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
 
@@ -431,10 +433,13 @@ class _Run:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
             span = min(self.length, bucket(furthest + 32, 64))
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
+        wake = [self._wake(g) for g in self.groups]
+        if len(self.groups) > 1:
+            steps, wake = self._in_step(steps, wake), [self.slots] * len(self.groups)
         rest = (
             self._put([g.table for g in self.groups]),
             self.ends,
-            jax.device_put(np.array([self._wake(g) for g in self.groups], np.int32), self.by_slot),
+            jax.device_put(np.array(wake, np.int32), self.by_slot),
             jax.device_put(np.int32(steps), self.whole),
         )
         weights, gain = self.s.weights, None
@@ -449,7 +454,7 @@ class _Run:
         shape = len(self.groups), self.slots
         # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
         done, produced = (np.array(x).reshape(shape) for x in (self.state.done, self.state.produced))
-        rounds = []
+        rounds, ended = [], 0
         for g, g_done, g_produced, g_void in zip(self.groups, done, produced, void, strict=True):
             live = g.live
             new = np.where(live, g_produced - g.produced, 0)
@@ -457,7 +462,9 @@ class _Run:
             g.produced = np.where(live, g_produced, g.produced)
             for slot in np.flatnonzero(live & g_done):
                 g.end(slot)
+                ended += 1
         taken = int(max(r.count.max() for r in rounds))
+        self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if gain is not None:
             taken, of_slots, drawn = np.asarray(gain).T
             taken = int(taken.max())
@@ -469,6 +476,15 @@ class _Run:
         self.counts["rounds"] += 1
         self.counts["given_up"] += sum(map(len, void))
         return rounds, tuple(log)
+
+    def _in_step(self, steps: int, wake: list[int]) -> int:
+        """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.
+        All take as many: did each come back when its own are done, a round would last as long as the slowest's."""
+        if not self.pace:
+            return steps
+        wanted = np.mean([w - (~g.live).sum() for w, g in zip(wake, self.groups, strict=True)])
+        each = device.together(self.p, self.slots)
+        return max(each, int(min(steps, wanted / self.pace)) // each * each)
 
     def _text(self) -> np.ndarray:
         """int32 [groups, slots, length]: prompts and responses in flight, token by position as far as they are kept;
