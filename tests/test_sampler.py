@@ -617,6 +617,23 @@ def test_drafts_make_no_difference(model, requests, whole, monkeypatch):
     assert_same(run(sampler, limited), expected)
 
 
+def test_what_is_guessed():
+    """What followed the longest stretch that was like the end, or the last of several."""
+    texts = {
+        (1, 2, 3, 4, 5, 2, 3, 6, 7, 1, 2, 3): (4, 5, 2),  # three alike, though two came later
+        (9, 2, 3, 4, 5, 2, 3, 6, 7, 1, 2, 3): (6, 7, 1),
+        (8, 3, 4, 5, 3): (4, 5, 3),
+        (8, 1, 2, 1, 2): (1, 2, 1),  # goes on as it did
+        (5, 5, 5, 5): (5, 5, 5),
+        (1, 2, 3, 4): (1, 2, 3),  # nothing is alike
+    }
+    seen, position = np.full((len(texts), 16), -1, np.int32), np.zeros(len(texts), np.int32)
+    for i, text in enumerate(texts):
+        seen[i, : len(text)], position[i] = text, len(text) - 1
+    guesses = device._look_up(jnp.asarray(seen), jnp.asarray(position), 3)
+    np.testing.assert_array_equal(guesses, list(texts.values()))
+
+
 def test_drafts_save_steps(requests):
     """Of a model that repeats itself: without what its layers add, a token is likeliest to follow itself."""
     model = random_model(TIED)

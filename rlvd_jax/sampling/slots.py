@@ -23,6 +23,7 @@ from rlvd_jax.sampling.filters import draw
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
 PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
+CONTEXT = 8  # tokens, at most, by which a place in a response is found that is like its end
 TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
 
 
@@ -265,16 +266,21 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     )
 
 
-def _look_up(seen, token, position, count: int):
-    """What may follow the newest token: what followed it and the one before it when they last came in this order.
+def _look_up(seen, position, count: int):
+    """What may follow the newest token: what followed where most of the tokens before, up to CONTEXT, were those before
+    the newest, and of such places the last.
 
-    seen: [slots, positions] int32, tokens by position, the newest among them, -1 where not known; token, position: of
-    the newest. → [slots, count] int32. A stretch that ends at the newest token is taken to begin again.
+    seen: [slots, positions] int32, tokens by position, -1 where not known; position: of the newest. → [slots, count]
+    int32. A stretch that ends at the newest token is taken to begin again.
     """
-    slot, at = jnp.arange(token.size), jnp.arange(seen.shape[1] - 1)
-    before = seen[slot, jnp.maximum(position - 1, 0)]
-    same = (seen[:, :-1] == before[:, None]) & (seen[:, 1:] == token[:, None]) & (at + 1 < position[:, None])
-    first = jnp.where(same, at + 2, 0).max(axis=1)  # 0: never
+    slot, at = jnp.arange(position.size), jnp.arange(seen.shape[1])
+    same, length = at < position[:, None], jnp.zeros(seen.shape, jnp.int32)
+    for back in range(CONTEXT):
+        before = seen[slot, jnp.maximum(position - back, 0)]
+        same &= jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
+        length += same
+    best = jnp.where(length > 0, length * at.size + at, -1).max(axis=1)
+    first = jnp.where(best < 0, 0, jax.lax.rem(best, at.size) + 1)  # 0: never
     ahead = jnp.arange(count) % jnp.maximum(position + 1 - first, 1)[:, None]
     return jnp.maximum(seen[slot[:, None], first[:, None] + ahead], 0)
 
@@ -303,7 +309,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             room_left = count.max() + fresh <= steps
             live = ~s.done & room_left
             seen = seen.at[slot, s.position].set(s.token)
-            guess = _look_up(seen, s.token, s.position, drafts)
+            guess = _look_up(seen, s.position, drafts)
             room = jnp.clip(s.limit - s.produced, 1, fresh)
             place = kv.Place(s.position, live, table, 0, fresh=fresh, room=room)
             rows = jnp.concatenate([s.token[:, None], guess], axis=1).reshape(-1)
