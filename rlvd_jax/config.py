@@ -93,9 +93,9 @@ class SamplingConfig(Settings):
     tensor: Positive | None = None
     """Devices that share one copy of the weights while sampling; none: as few as hold them."""
     drafts: Annotated[int, Field(ge=0, le=15)] = 3
-    """On a GPU whose last few responses are in flight, guess so many tokens of each from what followed the last two
-    before, and check them in the same step: the same responses, in fewer steps where text repeats itself. Given up
-    where it doesn't."""
+    """On a GPU whose last few responses are in flight, guess so many tokens of each from what followed where its text
+    was most like its end, and check them in the same step: the same responses, in fewer steps where text repeats
+    itself. Given up where it doesn't."""
 
     def identity(self) -> dict:
         """What a response depends on, as JSON-able data."""
