@@ -193,7 +193,7 @@ def test_the_program_for_gpus(monkeypatch):
     assert "norm_backward" in program.as_text()
 
 
-MESHES = ({"data": 4}, 2), ({"data": 2, "fsdp": 2}, 1), ({"fsdp": 4}, 2), ({"data": 2, "tensor": 2}, 1)  # micro-batches
+MESHES = ({"data": 4}, 2), ({"data": 2, "fsdp": 2}, 1), ({"data": 2, "tensor": 2}, 1)  # micro-batches
 
 
 def test_several_devices():

@@ -236,7 +236,7 @@ POLICY = Objective(ratio="sequence", kl=0.1)
 BONUS = Objective(entropy=0.1)  # whose layers are unrolled on meshes
 MESHES = {
     2: [({"tensor": 2}, None), ({"fsdp": 2}, POLICY)],
-    4: [({}, POLICY), ({"data": 2, "fsdp": 2}, None), ({"fsdp": 2, "tensor": 2}, POLICY)],
+    4: [({}, POLICY), ({"data": 2, "fsdp": 2}, None)],
     8: [({}, None), ({}, BONUS), ({"fsdp": 2, "tensor": 2}, POLICY)],
 }
 """Number of devices → axes of some meshes of them, and what is trained there."""

@@ -33,6 +33,7 @@ def run_on_four_devices(script: str) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     out = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
