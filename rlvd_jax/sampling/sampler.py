@@ -209,10 +209,11 @@ def _in_thread(items: Iterator) -> Iterator:
 class _Round:
     """What a device group drew between two visits of the host."""
 
+    moved: np.ndarray | None  # [slots], which slot each was in the round before, if they are fewer since
     occupant: np.ndarray  # [slots, 2], of the responses in flight, else -1
+    before: np.ndarray  # [slots], tokens that were drawn of each before
     count: np.ndarray  # [slots], tokens of each
     done: np.ndarray  # [slots]
-    given_up: list[tuple[int, int]]  # what was drawn of these before is void
 
 
 class _Run:
@@ -236,6 +237,7 @@ class _Run:
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
+        self.moved = [None] * count  # as in `_Round`, for the next
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
@@ -263,21 +265,21 @@ class _Run:
             yield self._decode()
 
     def completions(self, rounds) -> Iterator[Completion]:
-        """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`."""
-        drawn: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, and does
+        little for each response, so that it leaves Python to that."""
+        shape = self.sizes[0], min(self.s.settings.max_tokens, self.length)
+        drawn = [[np.zeros(shape, dtype) for dtype in (np.int32, np.float32)] for _ in self.groups]
         for groups, log in rounds:
-            tokens, logprobs = (np.asarray(x).T.reshape(len(groups), -1, LOG) for x in log)
-            for g, group_tokens, group_logprobs in zip(groups, tokens, logprobs, strict=True):
-                for who in g.given_up:
-                    drawn.pop(who, None)
-                for slot in np.flatnonzero(g.occupant[:, 0] >= 0):
-                    request, index = who = tuple(g.occupant[slot].tolist())
-                    n = int(g.count[slot])
-                    part = group_tokens[slot, :n].copy(), group_logprobs[slot, :n].copy()
-                    drawn.setdefault(who, []).append(part)
-                    if not g.done[slot]:
-                        continue
-                    ids, logp = (np.concatenate(x) for x in zip(*drawn.pop(who), strict=True))
+            for d, (g, log_of) in enumerate(zip(groups, zip(*map(self._by_group, log), strict=True), strict=True)):
+                if g.moved is not None:
+                    drawn[d] = [np.take(x, g.moved, axis=0) for x in drawn[d]]
+                slot, nth = np.nonzero(np.arange(LOG) < g.count[:, None])
+                for x, new in zip(drawn[d], log_of, strict=True):
+                    x[slot, g.before[slot] + nth] = new[slot, nth]
+                for slot in np.flatnonzero(g.done & (g.count > 0)):
+                    request, index = g.occupant[slot].tolist()
+                    end = g.before[slot] + g.count[slot]
+                    ids, logp = (x[slot, :end].copy() for x in drawn[d])
                     yield Completion(
                         request=request,
                         sample=self.requests[request].samples[index],
@@ -285,6 +287,10 @@ class _Run:
                         logprobs=logp,
                         stop="end" if ids[-1] in self.s.end_tokens else "length",
                     )
+
+    def _by_group(self, log: jax.Array) -> np.ndarray:
+        """[LOG, groups * slots] → [groups, slots, LOG], on the host."""
+        return np.asarray(log).T.reshape(len(self.groups), -1, LOG)
 
     # ---- start responses -----------------------------------------------------------------------
 
@@ -406,6 +412,7 @@ class _Run:
             kept = np.flatnonzero(g.live)
             rows[d, : len(kept)], idle[d, : len(kept)] = kept, False
             g.keep(kept, fewer)
+        self.moved = list(rows)
         rows = self._put(rows)
         if not self.paged:
             for i, layer in enumerate(self.layers):  # one by one, each old one freed before the next is moved
@@ -418,16 +425,15 @@ class _Run:
 
     def _decode(self) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
         """Run the devices until some responses have ended, whose slots are free then."""
-        steps, span, void = LOG, self.length, [[] for _ in self.groups]
+        steps, span = LOG, self.length
         if self.paged:
-            before = [g.occupant.tolist() for g in self.groups]
             grown = [g.grow(LOG) for g in self.groups]
             steps = min(n for n, _ in grown)
             if any(given_up for _, given_up in grown):
                 which = np.zeros((len(self.groups), self.slots), bool)
                 for d, (_, given_up) in enumerate(grown):
                     which[d, given_up] = True
-                    void[d] = [tuple(before[d][slot]) for slot in given_up]
+                    self.counts["given_up"] += len(given_up)
                 self.state = device.stop(self.p, self.state, self._put(which))
         else:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
@@ -455,14 +461,15 @@ class _Run:
         # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
         done, produced = (np.array(x).reshape(shape) for x in (self.state.done, self.state.produced))
         rounds, ended = [], 0
-        for g, g_done, g_produced, g_void in zip(self.groups, done, produced, void, strict=True):
+        for g, moved, g_done, g_produced in zip(self.groups, self.moved, done, produced, strict=True):
             live = g.live
             new = np.where(live, g_produced - g.produced, 0)
-            rounds.append(_Round(g.occupant.copy(), new, g_done, g_void))
+            rounds.append(_Round(moved, g.occupant.copy(), g.produced, new, g_done))
             g.produced = np.where(live, g_produced, g.produced)
             for slot in np.flatnonzero(live & g_done):
                 g.end(slot)
                 ended += 1
+        self.moved = [None] * len(self.groups)
         taken = int(max(r.count.max() for r in rounds))
         self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if gain is not None:
@@ -474,7 +481,6 @@ class _Run:
             self.past.append((rounds, log[0]))
         self.counts["steps"] += taken
         self.counts["rounds"] += 1
-        self.counts["given_up"] += sum(map(len, void))
         return rounds, tuple(log)
 
     def _in_step(self, steps: int, wake: list[int]) -> int:
@@ -493,7 +499,7 @@ class _Run:
         for d, g in enumerate(self.groups):
             drawn = {tuple(who): [] for who in g.occupant[g.live].tolist()}
             for rounds, tokens in self.past:
-                tokens = np.asarray(tokens).T.reshape(len(self.groups), -1, LOG)[d]
+                tokens = self._by_group(tokens)[d]
                 for who, count, row in zip(rounds[d].occupant.tolist(), rounds[d].count, tokens, strict=True):
                     if tuple(who) in drawn:
                         drawn[tuple(who)].append(row[:count])
