@@ -265,8 +265,8 @@ class _Run:
             yield self._decode()
 
     def completions(self, rounds) -> Iterator[Completion]:
-        """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, and does
-        little for each response, so that it leaves Python to that."""
+        """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, to
+        which it leaves Python most of the time: there is no loop over slots but for those that are done."""
         shape = self.sizes[0], min(self.s.settings.max_tokens, self.length)
         drawn = [[np.zeros(shape, dtype) for dtype in (np.int32, np.float32)] for _ in self.groups]
         for groups, log in rounds:
