@@ -204,8 +204,8 @@ ON_EIGHT = """
     from rlvd_jax.sampling.sampler import _Run
     from test_sampler import TIED, make_sampler, params_of, random_model, run, some_requests
 
-    def in_step(self, decode=_Run._decode):
-        rounds, log = decode(self)
+    def in_step(self, moved, decode=_Run._decode):
+        rounds, log = decode(self, moved)
         taken = {int(n) for r in rounds for n in r.count[(r.count > 0) & ~r.done]}
         assert len(taken) <= 1, f"some went on while others waited: {taken}"
         return rounds, log
@@ -368,9 +368,9 @@ def test_slots_that_stay_idle_for_want_of_pages_are_given_up(model, requests, wh
     sampler = paged(model, pages=70, slots=64)
     waiting, decode = [], sampler_module._Run._decode
 
-    def watch(self):
+    def watch(self, moved):
         waiting.append((self.slots, bool(self.queue or self.groups[0].waiting)))
-        return decode(self)
+        return decode(self, moved)
 
     monkeypatch.setattr(sampler_module._Run, "_decode", watch)
     monkeypatch.setattr(sampler_module, "PATIENCE", 3)

@@ -28,18 +28,18 @@ CHIPS = {
 class Devices:
     """What stands in for slots.py."""
 
-    def __init__(self, args, real):
-        self.args, self.real = args, real
+    def __init__(self, args, log: int):
+        self.args, self.log = args, log
         self.fixed, self.each_slot, self.each_position, *_ = CHIPS[args.chip]
         self.now = self.busy = self.free = 0.0
-        self.visits = 0
 
     def length(self, question: int, sample: int) -> int:
+        """Lognormal, as those of workloads.py, of `--mean` tokens but for the ends."""
         draw = np.random.default_rng([question, sample])
         return int(np.clip(draw.lognormal(np.log(self.args.mean) - 0.18, 0.6), 30, self.args.max_tokens))
 
     def state(self, left, produced, done):
-        wait = Waits if self.real else lambda x, _: x
+        wait = Waits if self.args.real else lambda x, _: x
         return SimpleNamespace(
             left=left, done_now=done, done=wait(done, self), drawn=produced, produced=wait(produced, self)
         )
@@ -80,13 +80,13 @@ class Devices:
             new[live] += np.minimum(taken, (of - new)[live])
             ended |= new >= of
         self.spend(max(times), np.mean(times))
-        log = np.ones((128, done.size), np.int32)
+        log = np.ones((self.log, done.size), np.int32)
         return layers, self.state(s.left, produced, done), log, log.astype(np.float32)
 
     def spend(self, longest: float, mean: float) -> None:
-        self.visits, self.busy = self.visits + 1, self.busy + mean
+        self.busy += mean
         self.now += longest + self.args.visit
-        if self.real:
+        if self.args.real:
             self.free = max(self.free, time.perf_counter()) + longest
 
 
@@ -107,17 +107,17 @@ def simulate(args) -> tuple[int, float, float]:
     import workloads
 
     from rlvd_jax.config import SamplingConfig
-    from rlvd_jax.sampling import Request, Sampler, sampler, slots
+    from rlvd_jax.sampling import Request, Sampler, cache, sampler, slots
     from rlvd_jax.sampling.books import Plan
 
     *_, layout, most = CHIPS[args.chip]
-    devices = Devices(args, args.real)
+    devices = Devices(args, slots.LOG)
     settings = SamplingConfig(max_tokens=args.max_tokens, drafts=0)
     run = Sampler(workloads.shape("1.5B", 2**16), settings, (0,), dtype=jnp.float32, layout=layout)
     run.weights = {}
     each = min(most, -(-args.responses // (args.devices * 32)) * 32)
     length = -(-(args.prompt + args.max_tokens) // 64) * 64
-    run.plan = lambda *_: Plan(each, length, each * length // 32)  # pages for all
+    run.plan = lambda *_: Plan(each, length, each * length // cache.page_size(layout))  # pages for all
     requests = [
         Request((1,) * args.prompt, i, tuple(range(args.samples))) for i in range(args.responses // args.samples)
     ]
@@ -136,7 +136,7 @@ def simulate(args) -> tuple[int, float, float]:
     return tokens, seconds, devices.busy / seconds
 
 
-def main(argv=None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default="v6e", choices=CHIPS)
     parser.add_argument("--devices", type=int, default=1)
@@ -147,7 +147,7 @@ def main(argv=None) -> None:
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--visit", type=float, default=4e-3, help="seconds that the host takes for each of its visits")
     parser.add_argument("--real", action="store_true", help="time passes, and the host takes what it takes here")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(args.devices))
     tokens, seconds, share = simulate(args)
     print(

@@ -237,7 +237,6 @@ class _Run:
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
-        self.moved = [None] * count  # as in `_Round`, for the next
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
@@ -261,8 +260,7 @@ class _Run:
             self._refill()
             if not any(g.live.any() for g in self.groups):
                 return
-            self._shrink()
-            yield self._decode()
+            yield self._decode(self._shrink())
 
     def completions(self, rounds) -> Iterator[Completion]:
         """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, to
@@ -390,41 +388,42 @@ class _Run:
 
     # ---- fewer slots -------------------------------------------------------------------------------
 
-    def _shrink(self) -> None:
+    def _shrink(self) -> np.ndarray | None:
         """Go on with fewer slots where they are enough: a step costs what its slots cost, idle or not. That is once
         nothing waits, as the longest responses go on alone for long, and where what waits has found slots, but no
-        pages, for some time. Pages stay where they are; rows of `plain` have to move."""
+        pages, for some time. Pages stay where they are; rows of `plain` have to move. → which slot each was before,
+        [groups, slots], if they are fewer now."""
         live = max(int(g.live.sum()) for g in self.groups)
         if self.queue or any(g.waiting for g in self.groups):
             self.kept_out = [*self.kept_out, live][-PATIENCE:] if live < self.slots else []
             if len(self.kept_out) < PATIENCE:
-                return
+                return None
             live = min(self.slots, max(self.kept_out) * 9 // 8)
         elif max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups) < TAIL:
-            return
+            return None
         fewer = next(n for n in self.sizes[::-1] if n >= live)
         if fewer >= self.slots:
-            return
+            return None
         self.kept_out = []
-        rows = np.zeros((len(self.groups), fewer), np.int32)
+        before = np.zeros((len(self.groups), fewer), np.int32)
         idle = np.ones((len(self.groups), fewer), bool)
         for d, g in enumerate(self.groups):
             kept = np.flatnonzero(g.live)
-            rows[d, : len(kept)], idle[d, : len(kept)] = kept, False
+            before[d, : len(kept)], idle[d, : len(kept)] = kept, False
             g.keep(kept, fewer)
-        self.moved = list(rows)
-        rows = self._put(rows)
+        rows = self._put(before)
         if not self.paged:
             for i, layer in enumerate(self.layers):  # one by one, each old one freed before the next is moved
                 self.layers[i] = device.take_layer(self.p, layer, rows)
                 del layer
         self.state = device.take(self.p, self.state, rows, self._put(idle))
         self.slots, self.seen = fewer, None
+        return before
 
     # ---- decode and collect --------------------------------------------------------------------
 
-    def _decode(self) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
-        """Run the devices until some responses have ended, whose slots are free then."""
+    def _decode(self, moved: np.ndarray | None) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
+        """Run the devices until some responses have ended, whose slots are free then. moved: by `_shrink`."""
         steps, span = LOG, self.length
         if self.paged:
             grown = [g.grow(LOG) for g in self.groups]
@@ -461,15 +460,14 @@ class _Run:
         # Copies: on a CPU these may be views of what the next step overwrites, and another thread reads them.
         done, produced = (np.array(x).reshape(shape) for x in (self.state.done, self.state.produced))
         rounds, ended = [], 0
-        for g, moved, g_done, g_produced in zip(self.groups, self.moved, done, produced, strict=True):
+        for d, (g, g_done, g_produced) in enumerate(zip(self.groups, done, produced, strict=True)):
             live = g.live
             new = np.where(live, g_produced - g.produced, 0)
-            rounds.append(_Round(moved, g.occupant.copy(), g.produced, new, g_done))
+            rounds.append(_Round(None if moved is None else moved[d], g.occupant.copy(), g.produced, new, g_done))
             g.produced = np.where(live, g_produced, g.produced)
             for slot in np.flatnonzero(live & g_done):
                 g.end(slot)
                 ended += 1
-        self.moved = [None] * len(self.groups)
         taken = int(max(r.count.max() for r in rounds))
         self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if gain is not None:
