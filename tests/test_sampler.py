@@ -5,6 +5,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.sampling import Request, Sampler, cache, decoder, gpu
 from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.ahead import Ahead
 from rlvd_jax.sampling.books import Group, Plan
 
 ROOT = Path(__file__).parents[1]
@@ -424,6 +427,69 @@ def test_nothing_is_compiled_twice(sampler, requests):
         sampler.load(params_of(random_model(TIED)))
 
 
+def compilations():
+    """(program, thread) of each compilation from here on, in a list that grows; the caller clears the listeners."""
+    seen = []
+
+    def note(event, duration, fun_name="", **_):
+        if "backend_compile" in event:
+            seen.append((fun_name, threading.current_thread().name.split("_")[0]))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return seen
+
+
+def test_programs_are_compiled_before_they_are_needed(model, requests, whole, monkeypatch):
+    """In other threads than the devices', each once: prompts of two lengths, and slots that become fewer."""
+    monkeypatch.setattr(sampler_module, "AHEAD", ("interpret",))
+    monkeypatch.setattr(sampler_module, "TAIL", 0)
+    monkeypatch.setattr(sampler_module, "prefill_length", lambda longest, layout: 16 if longest <= 16 else 32)
+    monkeypatch.setattr(Sampler, "common", lambda self, longest: max(longest, 32))
+    sampler = paged(model, slots=25)  # a number that no other test has a program for
+    assert len(requests[0].prompt) < 16 < len(requests[1].prompt)
+    seen = compilations()
+    try:
+        run(sampler, [dataclasses.replace(requests[0], samples=tuple(range(30)))])
+        assert_same(run(sampler, requests), whole)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    ahead = [name for name, thread in seen if thread == "compiler"]
+    assert sorted(ahead) == ["jit(decode)"] * 2 + ["jit(insert)"] * 2 + ["jit(prefill)"] * 2
+    assert not {name for name, thread in seen if thread != "compiler"} & set(ahead)
+
+
+def test_what_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one at a time
+    begun, go_on, made = threading.Event(), threading.Event(), []
+
+    def slow():
+        begun.set()
+        assert go_on.wait(60)
+        made.append("slow")
+
+    ahead = Ahead({"slow": slow, "wrong": lambda: 1 // 0, "next": lambda: made.append("next")})
+    assert begun.wait(60)
+    ahead.wait("next")  # has not begun: the caller does it
+    ahead.wait("of no one's")
+    assert made == []
+    threading.Timer(0.1, go_on.set).start()
+    ahead.wait("slow")
+    assert made == ["slow"]
+    while not ahead._futures["wrong"].done():
+        time.sleep(0.01)
+    with pytest.raises(ZeroDivisionError):
+        ahead.wait("wrong")
+    assert ahead.close() == set()
+    go_on.clear()
+    begun.clear()
+    left = Ahead({"slow": slow, "next": lambda: made.append("next")})
+    assert begun.wait(60)
+    assert left.close() == {"next"}
+    go_on.set()
+    left.wait("slow")
+    assert made == ["slow", "slow"]
+
+
 def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):
     calls = []
     prefill = device.prefill
@@ -688,7 +754,9 @@ def test_drafts_that_never_hold_are_given_up(model, requests, whole, monkeypatch
 ON_FOUR = """
     import pickle, sys
     import jax
-    from test_sampler import CONFIGS, SETTINGS, Sampler, assert_same, params_of, random_model, run
+    from test_sampler import (
+        CONFIGS, SETTINGS, Sampler, assert_same, compilations, params_of, random_model, run, sampler_module
+    )
 
     def split(name, layout, tensor, devices=None):
         model = random_model(CONFIGS[name])
@@ -701,10 +769,14 @@ ON_FOUR = """
         return run(sampler, requests)
 
     requests = pickle.load(sys.stdin.buffer)
+    sampler_module.AHEAD, seen = ("interpret",), compilations()
     for name, splits in (("tied", [("interpret", 2), ("plain", 4)]), ("untied", [("plain", 2)])):
         whole = split(name, "plain", 1, jax.devices()[:1])
         for layout, tensor in splits:
+            seen.clear()
             assert_same(split(name, layout, tensor), whole)
+            by = "compiler" if layout == "interpret" else "sampler"
+            assert {thread for program, thread in seen if program == "jit(decode)"} == {by}
 """
 
 

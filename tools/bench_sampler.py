@@ -162,7 +162,7 @@ def main() -> None:
             f"{counts['steps']} steps of {result['milliseconds_per_step']:.2f} ms, {counts['rounds']} rounds, "
             f"{slots} slots, {counts['given_up']} given up, peak "
             f"{(result['peak_memory'] or 0) / 2**30:.1f} GiB; first {first:.1f} s, "
-            f"of it {result['compile_seconds']:.1f} s compiling {result['programs_compiled']:.0f} programs",
+            f"{result['programs_compiled']:.0f} programs, which took compilers {result['compile_seconds']:.1f} s",
             flush=True,
         )
         if args.profile:

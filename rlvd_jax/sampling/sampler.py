@@ -25,7 +25,8 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -40,6 +41,7 @@ from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling import slots as device
+from rlvd_jax.sampling.ahead import Ahead, like
 from rlvd_jax.sampling.books import Group, Plan
 from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, devices_of_model, prefill_length
 from rlvd_jax.sampling.slots import LOG
@@ -50,6 +52,7 @@ TAIL = 256  # tokens that the last responses must still be able to take before m
 PATIENCE = 8  # rounds in which pages are short before slots that stay idle are given up
 LEAST_GAIN = 1.1  # tokens a step, below which guessing some is given up for the rest of a call
 KEPT = 64  # rounds whose tokens are kept to guess from
+AHEAD = "gpu", "tpu"  # layouts whose programs are compiled before they are needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Sampler:
         )
         self.end_tokens = np.array(sorted(end_tokens), np.int32)
         self.weights = None
+        self.compiled: dict[Plan, set[Hashable]] = {}  # what need not be compiled ahead any more
         self.counts: dict[str, int] = {}
         """Of the last `sample`: slots at the start, steps and rounds of the devices, responses given up."""
 
@@ -143,9 +147,13 @@ class Sampler:
             free -= free % (stats["bytes_limit"] / 64)
         demand = self._demand(longest_prompt)
         if self.layout != "plain":  # a longer table costs next to nothing there, other programs do
-            common = self._demand(max(longest_prompt, min(COMMON_PROMPT, self.config.max_position_embeddings // 4)))
+            common = self._demand(self.common(longest_prompt))
             demand = common if common.least <= free else demand
         return demand.plan(-(-responses // self.mesh.shape["data"]), free)
+
+    def common(self, longest_prompt: int) -> int:
+        """Tokens of the longest prompt of calls that share their programs with one whose longest is this."""
+        return max(longest_prompt, min(COMMON_PROMPT, self.config.max_position_embeddings // 4))
 
     def _demand(self, longest_prompt: int) -> Demand:
         itemsize, tensor = self.dtype.itemsize, self.program.tensor
@@ -220,7 +228,7 @@ class _Run:
     """One call of `Sampler.sample`."""
 
     def __init__(self, sampler: Sampler, requests: Sequence[Request], seed: int, plan: Plan):
-        self.s, self.p, self.requests, self.slots = sampler, sampler.program, requests, plan.slots
+        self.s, self.p, self.requests, self.plan, self.slots = sampler, sampler.program, requests, plan, plan.slots
         self.paged = sampler.layout != "plain"
         self.size = kv.page_size(sampler.layout) if self.paged else plan.length
         width = kv.pages_of(plan.length, sampler.layout) if self.paged else 1
@@ -240,6 +248,48 @@ class _Run:
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
+        programs, compiled = self._programs(width), sampler.compiled.setdefault(plan, set())
+        self.ahead = Ahead({name: make for name, make in programs.items() if name not in compiled})
+        compiled |= programs.keys()
+
+    def _programs(self, width: int) -> dict[Hashable, Callable]:
+        """What compiles the programs that take long and that this call will need, those needed first first, and then
+        those of a call with the same plan and longer prompts. width: pages of a slot."""
+        if self.s.layout not in AHEAD:
+            return {}
+        p, weights, layers, groups = self.p, like(self.s.weights), like(self.layers), len(self.groups)
+        ends, steps = like(self.ends), jax.ShapeDtypeStruct((), np.int32, sharding=self.whole)
+
+        def by_slot(*shape, dtype=np.int32):  # of a group
+            return jax.ShapeDtypeStruct((groups * shape[0], *shape[1:]), dtype, sharding=self.by_slot)
+
+        def state(n: int):
+            return device.Slots(*(by_slot(n, *x.shape[1:], dtype=x.dtype) for x in self.state))
+
+        def prefill(time: int):
+            heads = P("data", None, decoder.AXIS)
+            shape = groups * PREFILL, time, decoder.kv_heads(self.s.config, p.tensor), self.s.config.head_dim
+            keys = jax.ShapeDtypeStruct(shape, p.dtype, sharding=NamedSharding(p.mesh, heads))
+            device.prefill.lower(p, weights, by_slot(PREFILL, time), by_slot(PREFILL)).compile()
+            device.insert.lower(p, layers, [(keys, keys)] * len(layers), by_slot(ROWS, 2)).compile()
+
+        def decode(n: int):
+            rest = by_slot(n, width), ends, by_slot(1), steps
+            if drafts := self._guessed(n):
+                seen = by_slot(n, self.length)
+                device.decode_drafts.lower(p, drafts, weights, layers, state(n), seen, *rest).compile()
+            else:
+                device.decode.lower(p, self.length, weights, layers, state(n), *rest).compile()
+
+        longest = max(len(r.prompt) for r in self.requests)
+        times = [prefill_length(1, self.s.layout)]
+        while times[-1] < self.s.common(longest):
+            times.append(prefill_length(times[-1] + 1, self.s.layout))
+        here = [t for t in times if t <= prefill_length(longest, self.s.layout)][::-1]
+        first = [("prefill", t) for t in here[:1]] + [("decode", self.slots)] + [("prefill", t) for t in here[1:]]
+        others = [("decode", n) for n in self.sizes[1:]] + [("prefill", t) for t in times if t not in here]
+        compile = {"prefill": prefill, "decode": decode}
+        return {(what, n): partial(compile[what], n) for what, n in first + others}
 
     def _pieces(self):
         """(request, some of its samples) small enough to spread over the device groups."""
@@ -256,11 +306,14 @@ class _Run:
     def rounds(self) -> Iterator[tuple[list[_Round], tuple[jax.Array, jax.Array]]]:
         """Drive the devices; yield what each group drew, and tokens and log-probabilities [LOG, groups * slots], still
         on the devices."""
-        while True:
-            self._refill()
-            if not any(g.live.any() for g in self.groups):
-                return
-            yield self._decode(self._shrink())
+        try:
+            while True:
+                self._refill()
+                if not any(g.live.any() for g in self.groups):
+                    return
+                yield self._decode(self._shrink())
+        finally:
+            self.s.compiled[self.plan] -= self.ahead.close()
 
     def completions(self, rounds) -> Iterator[Completion]:
         """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, to
@@ -362,6 +415,7 @@ class _Run:
                 prompt = self.requests[request].prompt
                 token_rows[row, : len(prompt)] = prompt
                 length[row] = len(prompt)
+        self.ahead.wait(("prefill", time))
         self.prompts = None  # the last ones are freed first
         self.prompts = device.prefill(self.p, self.s.weights, self._put(tokens), self._put(lengths))
         self.prompt_time = time
@@ -448,11 +502,13 @@ class _Run:
             jax.device_put(np.int32(steps), self.whole),
         )
         weights, gain = self.s.weights, None
-        if self.drafts and self.slots * (self.drafts + 1) <= gpu.FEW and steps > self.drafts:
+        self.ahead.wait(("decode", self.slots))
+        drafts = self._guessed(self.slots)
+        if 0 < drafts < steps:
             if self.seen is None:
                 self.seen = self._put(self._text())
             self.layers, self.state, self.seen, *log, gain = device.decode_drafts(
-                self.p, self.drafts, weights, self.layers, self.state, self.seen, *rest
+                self.p, drafts, weights, self.layers, self.state, self.seen, *rest
             )
         else:
             self.layers, self.state, *log = device.decode(self.p, span, weights, self.layers, self.state, *rest)
@@ -480,6 +536,10 @@ class _Run:
         self.counts["steps"] += taken
         self.counts["rounds"] += 1
         return rounds, tuple(log)
+
+    def _guessed(self, slots: int) -> int:
+        """Tokens that are guessed of each in a step of so many slots."""
+        return self.drafts if slots * (self.drafts + 1) <= gpu.FEW else 0
 
     def _in_step(self, steps: int, wake: list[int]) -> int:
         """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.

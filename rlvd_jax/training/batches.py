@@ -13,10 +13,10 @@ One layout serves GRPO and SFT. A batch is a dict of arrays [micro, rows, T], T 
     used       int32 [] how many of the micro-batches hold anything
 
 The loss is the sum over tokens of weight × term, and weights come from the whole batch, so neither micro-batches nor
-devices change the normalisation. Compiled shapes are few: the micro axis is 1, or has room for 128 rows, 512, 2,048, …
-(the step's loop ends at `used`, so empty micro-batches cost nothing), and T is the row length asked for, or, where a
-batch fits one micro-batch of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number
-on each device is 2^k. Of several micro-batches no row holds more than 16 examples, or 64, 256, … where that would take
+devices change the normalisation. Compiled shapes are few: the micro axis is 1, or has room for 512 rows, 2,048, … (the
+step's loop ends at `used`, so empty micro-batches cost nothing), and T is the row length asked for, or, where a batch
+fits one micro-batch of shorter rows, 2^k or 1.5 × 2^k tokens; and where it fits one of fewer rows, their number on each
+device is 2^k. Of several micro-batches no row holds more than 16 examples, or 64, 256, … where that would take
 too many more rows: attention on GPUs is compiled for a number of them.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 
 from rlvd_jax.errors import UserError
 
-ROWS = 128  # that there is room for where there are several micro-batches
+ROWS = 512  # that there is room for where there are several micro-batches
 EXAMPLES = 16  # of a row at most, then: more sequences make attention slow on GPUs
 LEAST_ROW = 128  # the shortest row worth a compilation of its own, and what attention kernels like to divide by
 
