@@ -716,7 +716,8 @@ def test_drafts_save_steps(requests):
 
 
 def test_drafts_know_the_text(model, requests, whole, monkeypatch):
-    """What was drawn before the last responses moved to few slots, some of it in slots that others had before."""
+    """What was drawn before the last responses moved to few slots, some of it in slots that others had before; of fewer
+    slots more is guessed of each."""
     for module in (device, sampler_module):
         monkeypatch.setattr(module, "LOG", 16)
     monkeypatch.setattr(sampler_module, "TAIL", 0)
@@ -724,13 +725,14 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     known, call = [], device.decode_drafts
 
     def watch(p, drafts, weights, layers, slots, seen, *rest):
-        known.append((np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
+        known.append((drafts, np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
         return call(p, drafts, weights, layers, slots, seen, *rest)
 
     monkeypatch.setattr(device, "decode_drafts", watch)
-    assert_same(run(paged(model, slots=24, drafts=3), requests), whole)
+    assert_same(run(paged(model, slots=24, drafts=7), requests), whole)
+    assert [sorted({d for d, *_, seen in known if len(seen) == n}) for n in (24, 16, 8)] == [[1], [3], [7]]
     texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
-    position, done, seen = known[0]
+    _, position, done, seen = next(x for x in known if len(x[-1]) == 16)
     assert (~done).sum() > 3 and len(seen) == 16 and position[~done].max() > 20
     for at, text in zip(position[~done], seen[~done].tolist(), strict=True):
         assert any(whole_text[: at + 1] == tuple(text[: at + 1]) for whole_text in texts)

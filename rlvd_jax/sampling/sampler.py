@@ -10,8 +10,8 @@ Every draw's key is a function of (seed, question, sample, position) alone, so t
 number of slots or devices, the order of the queue, or a restart (up to the rounding of matrix products of other
 shapes, which moves log-probabilities by up to 1e-5 in float32 and can tip a near-tie between two tokens in bfloat16).
 
-Where few responses are left a step may take several tokens of each, the later ones guessed from the response's own
-text (`drafts`). A draw's key is that of its position, so a guess that holds changes nothing, and one that does not is
+Where few responses are left a step takes several tokens of each, the later ones guessed from the response's own text
+(`drafts`). A draw's key is that of its position, so a guess that holds changes nothing, and one that does not is
 forgotten.
 
 Pages are handed out as responses grow. Where the pool runs dry, the youngest responses are given up and begun again
@@ -82,12 +82,14 @@ class Completion:
     stop: Literal["end", "length"]
 
 
-def sizes(slots: int, paged: bool) -> list[int]:
+def sizes(slots: int, paged: bool, drafts: int = 0) -> list[int]:
     """Numbers of slots that the last responses move to one after the other, largest first. Each costs a compilation,
-    and where rows of the cache have to move, a copy."""
+    and where rows of the cache have to move, a copy; 8 are worth it where more tokens are guessed of each than of 16.
+    """
     if not paged:
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
     fewer = {16, 32, 64, 128, 256, 384, 512, 768, *range(1024, slots, 512)}
+    fewer |= {8} if drafts >= gpu.FEW // 16 else set()
     return [slots, *sorted((n for n in fewer if 8 * n <= 7 * slots), reverse=True)]
 
 
@@ -233,7 +235,6 @@ class _Run:
         self.size = kv.page_size(sampler.layout) if self.paged else plan.length
         width = kv.pages_of(plan.length, sampler.layout) if self.paged else 1
         self.length = plan.length
-        self.sizes = sizes(plan.slots, self.paged)
         count = sampler.mesh.shape["data"]
         self.groups = [Group(plan, self.size, width) for _ in range(count)]
         self.by_slot, self.whole = NamedSharding(sampler.mesh, P("data")), NamedSharding(sampler.mesh, P())
@@ -243,6 +244,7 @@ class _Run:
         self.prompts = None  # keys and values of those prefilled last
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
+        self.sizes = sizes(plan.slots, self.paged, self.drafts)
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
         self.pace = 0.0  # responses of a group that end in a step, as of late
@@ -538,8 +540,8 @@ class _Run:
         return rounds, tuple(log)
 
     def _guessed(self, slots: int) -> int:
-        """Tokens that are guessed of each in a step of so many slots."""
-        return self.drafts if slots * (self.drafts + 1) <= gpu.FEW else 0
+        """Tokens that are guessed of each in a step of so many slots: of fewer more, as FEW rows take no longer."""
+        return max(0, min(self.drafts, gpu.FEW // slots - 1))
 
     def _in_step(self, steps: int, wake: list[int]) -> int:
         """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.
