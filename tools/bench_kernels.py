@@ -2,7 +2,7 @@
 
   products  a layer's four matrix products and the logits', by cuBLAS, with the activation in a kernel of its own, and
             in several ways by `gpu.few_rows`, or above FEW rows by `hopper.multiply`, first as it is chosen
-  attend    `gpu.attend` at some (slots, positions), in several ways
+  attend    `gpu.attend` at some (slots, positions, and new tokens of each where it is not one), in several ways
   norm      `gpu.add_norm`, by the number of parts that it adds up
   draw      `gpu.draw` of the top 50 of random logits; and from hidden states, with logits by the library, or in several
             ways by `hopper.scores`, first as `gpu.draw_hidden` has it
@@ -37,7 +37,11 @@ CACHED = 2**16 if INTERPRET else 2**28  # bytes that no cache of the chip holds
 LOOPS = 1 if INTERPRET else 50
 SHARED = 96  # positions of the prompt, which all slots share
 PRODUCTS = ("qkv", "o", "gate_up", "down", "logits")
-AT = [(4, 40)] if INTERPRET else [(1024, 420), (256, 484), (64, 1000), (16, 3500)]
+AT = (
+    [(4, 40), (4, 40, 3)]
+    if INTERPRET
+    else [(1024, 420), (256, 484), (64, 1000), (16, 3500), (16, 2500, 4), (8, 2500, 8)]
+)
 
 ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
 IN_PARTS = [{"more": 2}, {"more": 0.5}, {"tile": 128, "more": 2}, {"block": 128}, {"num_warps": 2}, {"num_stages": 4}]
@@ -52,6 +56,7 @@ ATTEND = [  # the first is how it is
     {"block": 64, "num_warps": 2},
     {"block": 64, "num_warps": 2, "num_stages": 2},
 ]
+ATTEND_DRAFTS = [{}, {"splits": 8}, {"splits": 16}, {"splits": 32}, {"block": 64}, {"num_warps": 2}, {"num_warps": 8}]
 
 
 def shape(name: str):
@@ -181,36 +186,38 @@ class Product(Case):
 
 
 class Attend(Case):
-    def __init__(self, c, slots: int, positions: int):
-        self.c, self.slots, self.positions = c, slots, positions
+    def __init__(self, c, slots: int, positions: int, fresh: int = 1):
+        self.c, self.slots, self.positions, self.fresh = c, slots, positions, fresh
         shared = min(SHARED, positions)
         super().__init__(
-            f"attend {slots} × {positions}",
+            f"attend {slots} × {positions}{f' × {fresh}' if fresh > 1 else ''}",
             c.cache_bytes(2) / c.num_hidden_layers * (slots * (positions - shared) + shared),
         )
 
     def ways(self) -> list[dict]:
-        return ATTEND
+        return ATTEND if self.fresh == 1 else ATTEND_DRAFTS
 
     def run(self, way: dict) -> float:
-        c, size = self.c, cache.page_size("gpu")
-        pages, shared = -(-(self.positions + 1) // size), min(SHARED, self.positions) // size
+        c, size, fresh = self.c, cache.page_size("gpu"), self.fresh
+        pages, shared = -(-(self.positions + fresh) // size), min(SHARED, self.positions) // size
         own = shared + np.arange(self.slots * (pages - shared)).reshape(self.slots, -1)
         table = np.concatenate([np.tile(np.arange(shared), (self.slots, 1)), own], axis=1)
         room = c.num_key_value_heads, shared + own.size, size, c.head_dim
         position = jnp.full(self.slots, self.positions, jnp.int32)
-        columns = matrices(c)["qkv"][1]
-        parts = gpu.tiling(self.slots, c.hidden_size, columns)["splits"] if self.slots <= gpu.FEW else 1
-        qkv = normal(98, parts, self.slots, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
-        rope = rope_table(position, c.head_dim, c.rope_theta)
-        fixed = normal(97, columns), rope, position, jnp.asarray(table, jnp.int32)
+        rows, columns = self.slots * fresh, matrices(c)["qkv"][1]
+        parts = gpu.tiling(rows, c.hidden_size, columns)["splits"] if rows <= gpu.FEW else 1
+        qkv = normal(98, parts, rows, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
+        rope = rope_table((position[:, None] + jnp.arange(fresh)).reshape(-1), c.head_dim, c.rope_theta)
         number = copies(self.bytes, 2, 8)
-        how = {"heads": c.num_attention_heads, "interpret": INTERPRET, **way}
+        biases = [normal(97 - i, columns) for i in range(number)]  # or the library adds one up for all
+        fixed = biases, (rope, position, jnp.asarray(table, jnp.int32))
+        how = {"heads": c.num_attention_heads, "fresh": fresh, "interpret": INTERPRET, **way}
+        how |= {"room": jnp.full(self.slots, fresh, jnp.int32)} if fresh > 1 else {}
 
         def calls(fixed, qkv, layers):
             results, new = [], []
-            for layer in layers:
-                out, *layer = gpu.attend(qkv, *fixed, *layer, **how)
+            for bias, layer in zip(fixed[0], layers, strict=True):
+                out, *layer = gpu.attend(qkv, bias, *fixed[1], *layer, **how)
                 results.append(out)
                 new.append(layer)
             return new, results

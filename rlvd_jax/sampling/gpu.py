@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rlvd_jax.qwen2.layers import swiglu
+from rlvd_jax.qwen2.layers import rotate, swiglu
 from rlvd_jax.sampling import hopper
 
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
@@ -188,6 +188,8 @@ def attend(
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
     num_warps = num_warps or (1 if fresh == 1 else 4)  # one warp has no registers for the rows of several tokens
+    if fresh > 1:  # once, and not by each of many programs: they have more rows to prepare than keys to read
+        qkv = _rotated(qkv, bias, rope, heads + kv_heads)
     flat = kv_heads, pages * page_size, head_dim
     kernel = partial(
         _attend_kernel,
@@ -228,6 +230,12 @@ def attend(
     return out[0], keys.reshape(shape), values.reshape(shape)
 
 
+def _rotated(qkv, bias, rope, turned: int):
+    """The sum of `attend`'s qkv and bias, the first `turned` heads rotated: [1, rows, columns]."""
+    x = (qkv.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) + bias).reshape(qkv.shape[1], -1, 2 * rope[0].shape[-1])
+    return jnp.concatenate([rotate(x[:, :turned], rope), x[:, turned:]], axis=1).reshape(1, *qkv.shape[1:])
+
+
 def _attend_kernel(
     position_ref,
     room_ref,
@@ -251,61 +259,61 @@ def _attend_kernel(
     head, slot, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, half = heads // kv_heads, head_dim // 2
     position = position_ref[slot]
-    column = jnp.arange(head_dim)
-    turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
-    angle = jax.lax.rem(column, half)
-    sign = jnp.where(column < half, -1.0, 1.0)
+    column, here = jnp.arange(head_dim), part == 0
 
-    def biased(token, at, mask):
-        return _added(qkv_ref, token, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
-
-    def rotated(token, at, turned_at, turn, mask):
-        a, b = (biased(token, x, mask).astype(jnp.float32) for x in (at, turned_at))
-        return (a * turn[0] + b * turn[1]).astype(bias_ref.dtype)
-
-    tokens = [slot * fresh + i for i in range(fresh)]
-    turns = [(plgpu.load(cos_ref.at[i, angle]), plgpu.load(sin_ref.at[i, angle]) * sign) for i in tokens]
-
-    # A row for each query head of each new token, the first token's first.
+    # A row for each query head of each new token, the first token's first. Of one new token the key and the value are
+    # vectors, of several the rows of a matrix; what is past them is masked.
     row = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh * group)))
     nth, query = jax.lax.div(row, group), jax.lax.rem(row, group)
-    if fresh == 1:
-        token, query = slot, row  # what is past the group is masked
-    else:
-        token = (slot * fresh + nth)[:, None]
     mine = (row < fresh * group)[:, None] & (column >= 0)[None, :]
-    start = ((head * group + query) * head_dim)[:, None]
-    turn = [x[None, :] for x in turns[0]]
-    for i in range(1, fresh):
-        turn = [jnp.where((nth == i)[:, None], new[None, :], x) for new, x in zip(turns[i], turn, strict=True)]
-    q = rotated(token, start + column[None, :], start + turned[None, :], turn, mine)  # [rows, head_dim]
-
-    # Scores are kept as powers of 2. The new tokens are in the first part's sums from the start.
-    scale = head_dim**-0.5 * math.log2(math.e)
     first = (heads + head) * head_dim
-    here = part == 0
-    scores, fresh_values = [], []
-    for i in range(fresh):
-        new_k = rotated(tokens[i], first + column, first + turned, turns[i], column >= 0)
-        new_v = biased(tokens[i], first + kv_heads * head_dim + column, column >= 0)
-        score = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
-        scores.append(jnp.where(here & (nth >= i), score, LEAST))
-        fresh_values.append(new_v.astype(jnp.float32))
-        to = jnp.maximum(position, 0) + i
-        writes = (column >= 0) & (position >= 0) & here
-        if i:
-            writes &= i < room_ref[slot]
-        page = plgpu.load(table_ref.at[slot, jnp.minimum(to // page_size, table_ref.shape[1] - 1)])
-        at = page * page_size + to % page_size
-        plgpu.store(keys_ref.at[head, at, column], new_k.astype(keys_ref.dtype), mask=writes)
-        plgpu.store(values_ref.at[head, at, column], new_v.astype(values_ref.dtype), mask=writes)
-    most = scores[0]
-    for score in scores[1:]:
-        most = jnp.maximum(most, score)
-    total, out = jnp.zeros_like(most), jnp.zeros(q.shape, jnp.float32)
-    for score, value in zip(scores, fresh_values, strict=True):
-        weight = jnp.where(score > LEAST, jnp.exp2(score - most), 0.0)
-        total, out = total + weight, out + weight[:, None] * value[None, :]
+    if fresh == 1:
+        new, token, query, across, is_new = 0, slot, row, column, column >= 0
+        start = ((head * group + query) * head_dim)[:, None]
+        turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
+        angle = jax.lax.rem(column, half)
+        sign = jnp.where(column < half, -1.0, 1.0)
+        cos, sin = plgpu.load(cos_ref.at[slot, angle]), plgpu.load(sin_ref.at[slot, angle]) * sign
+
+        def biased(at, mask):
+            return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+
+        def rotated(at, turned_at, cos, sin, mask):
+            a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
+            return (a * cos + b * sin).astype(bias_ref.dtype)
+
+        q = rotated(start + column[None, :], start + turned[None, :], cos[None, :], sin[None, :], mine)
+        new_k = rotated(first + column, first + turned, cos, sin, is_new)
+        new_v = biased(first + kv_heads * head_dim + column, is_new)
+    else:
+        new, token = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh)))[:, None], (slot * fresh + nth)[:, None]
+        across, start = column[None, :], ((head * group + query) * head_dim)[:, None]
+        is_new = (new < fresh) & (across >= 0) & here
+        q = plgpu.load(qkv_ref.at[0, token, start + across], mask=mine, other=0.0)  # [rows, head_dim]
+        new_k, new_v = (
+            plgpu.load(qkv_ref.at[0, slot * fresh + new, at + across], mask=is_new, other=0.0)
+            for at in (first, first + kv_heads * head_dim)
+        )
+
+    # The first part appends the new tokens, and has them in its sums from the start. Scores are kept as powers of 2.
+    scale = head_dim**-0.5 * math.log2(math.e)
+    to = jnp.maximum(position, 0) + new
+    page = plgpu.load(table_ref.at[slot, jnp.minimum(jax.lax.div(to, page_size), table_ref.shape[1] - 1)])
+    at = page * page_size + jax.lax.rem(to, page_size)
+    writes = is_new & here & (position >= 0) & ((new == 0) | (new < room_ref[slot]))
+    for ref, x in ((keys_ref, new_k), (values_ref, new_v)):
+        plgpu.store(ref.at[head, at, across], x.astype(ref.dtype), mask=writes)
+    if fresh == 1:
+        most = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
+        most = jnp.where(here, most, LEAST)
+        total = jnp.where(most > LEAST, 1.0, 0.0)
+        out = total[:, None] * new_v.astype(jnp.float32)[None, :]
+    else:
+        score = plgpu.dot(q, new_k, trans_b=True) * scale  # [rows, new]
+        score = jnp.where(here & (new.reshape(1, -1) <= nth[:, None]), score, LEAST)
+        most = score.max(axis=1)
+        weight = jnp.where(score > LEAST, jnp.exp2(score - most[:, None]), 0.0)
+        total, out = weight.sum(axis=1), plgpu.dot(weight.astype(new_v.dtype), new_v)
 
     blocks = pl.cdiv(jnp.maximum(position, 0), block)
     each = pl.cdiv(blocks, splits)
