@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -440,11 +439,15 @@ def compilations():
 
 
 def test_programs_are_compiled_before_they_are_needed(model, requests, whole, monkeypatch):
-    """In other threads than the devices', each once: prompts of two lengths, and slots that become fewer."""
+    """In other threads than the devices', each once: prompts of two lengths, and slots that become fewer. What is tuned
+    is there before the devices begin."""
     monkeypatch.setattr(sampler_module, "AHEAD", ("interpret",))
     monkeypatch.setattr(sampler_module, "TAIL", 0)
     monkeypatch.setattr(sampler_module, "prefill_length", lambda longest, layout: 16 if longest <= 16 else 32)
     monkeypatch.setattr(Sampler, "common", lambda self, longest: max(longest, 32))
+    monkeypatch.setattr(sampler_module._Run, "_tuned", lambda self, what, n: (what, n) != ("decode", 25))
+    asked = []
+    monkeypatch.setattr(sampler_module, "Ahead", lambda programs: asked.append(list(programs)) or Ahead(programs))
     sampler = paged(model, slots=25)  # a number that no other test has a program for
     assert len(requests[0].prompt) < 16 < len(requests[1].prompt)
     seen = compilations()
@@ -453,41 +456,65 @@ def test_programs_are_compiled_before_they_are_needed(model, requests, whole, mo
         assert_same(run(sampler, requests), whole)
     finally:
         jax.monitoring.clear_event_listeners()
+    assert asked == [[("prefill", 16), ("decode", 16), ("prefill", 32), ("decode", 25)], []]
     ahead = [name for name, thread in seen if thread == "compiler"]
+    tuned = [name for name, _ in seen][: [thread for _, thread in seen].index("sampler")]
+    assert sorted(set(tuned)) == ["jit(decode)", "jit(empty)", "jit(insert)", "jit(prefill)"]
     assert sorted(ahead) == ["jit(decode)"] * 2 + ["jit(insert)"] * 2 + ["jit(prefill)"] * 2
     assert not {name for name, thread in seen if thread != "compiler"} & set(ahead)
 
 
 def test_what_is_compiled_ahead(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one at a time
-    begun, go_on, made = threading.Event(), threading.Event(), []
+    """One program after the other is lowered, while those lowered are compiled; one at a time, of two cores."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    made = []
 
-    def slow():
-        begun.set()
-        assert go_on.wait(60)
-        made.append("slow")
+    class Program:
+        def __init__(self, name):
+            self.name, self.begun, self.go_on = name, threading.Event(), threading.Event()
 
-    ahead = Ahead({"slow": slow, "wrong": lambda: 1 // 0, "next": lambda: made.append("next")})
-    assert begun.wait(60)
-    ahead.wait("next")  # has not begun: the caller does it
+        def compile(self):
+            self.begun.set()
+            assert self.go_on.wait(60)
+            made.append(self.name)
+            return 1 // (self.name != "wrong")
+
+    first, wrong, third = (Program(name) for name in ("first", "wrong", "third"))
+    lowering, at_last = threading.Event(), threading.Event()
+
+    def last():
+        lowering.set()
+        assert at_last.wait(60)
+        raise KeyError("no such primitive")
+
+    ahead = Ahead({"two": lambda: [first, wrong], "third": lambda: [third], "last": last, "never": lambda: 1 // 0})
+    assert first.begun.wait(60) and lowering.wait(60)
+    ahead.wait("never")  # has not begun: the caller does it
     ahead.wait("of no one's")
     assert made == []
-    threading.Timer(0.1, go_on.set).start()
-    ahead.wait("slow")
-    assert made == ["slow"]
-    while not ahead._futures["wrong"].done():
-        time.sleep(0.01)
+    for event in (first.go_on, wrong.go_on, at_last):
+        event.set()
     with pytest.raises(ZeroDivisionError):
-        ahead.wait("wrong")
-    assert ahead.close() == set()
-    go_on.clear()
-    begun.clear()
-    left = Ahead({"slow": slow, "next": lambda: made.append("next")})
-    assert begun.wait(60)
-    assert left.close() == {"next"}
-    go_on.set()
-    left.wait("slow")
-    assert made == ["slow", "slow"]
+        ahead.wait("two")
+    with pytest.raises(KeyError, match="primitive"):
+        ahead.wait("last")
+    assert third.begun.wait(60)
+    third.go_on.set()
+    ahead.wait("third")
+    assert made == ["first", "wrong", "third"] and ahead.close() == set()
+    Ahead({"third": lambda: [third], "first": lambda: [first]}).finish(["first", "of no one's"])
+    assert made[3:] == ["third", "first"]
+
+    for event in (first.begun, first.go_on, lowering, at_last):
+        event.clear()
+    left = Ahead({"first": lambda: [first], "third": lambda: [third], "last": last, "never": lambda: 1 // 0})
+    assert first.begun.wait(60) and lowering.wait(60)
+    assert left.close() == {"third", "never"}
+    for event in (first.go_on, at_last):
+        event.set()
+    left.wait("first")
+    left.wait("never")
+    assert made[5:] == ["first"]
 
 
 def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):

@@ -8,7 +8,8 @@ thread, is what a later call of arrays of the same shapes and shardings runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -17,26 +18,50 @@ WORKERS = 8  # at most; a compiler has threads of its own, too
 
 
 class Ahead:
-    """Compiles in threads. `programs`: of each name what compiles it, those that are needed first first."""
+    """Compiles programs in threads, those that are needed first first. `programs`: of each name what lowers it, to one
+    or several `jax.stages.Lowered`. That is Python's work, so one thread does it and the first is not kept waiting."""
 
-    def __init__(self, programs: dict[Hashable, Callable[[], object]]):
-        self._futures: dict[Hashable, Future] = {}
+    def __init__(self, programs: dict[Hashable, Callable[[], Sequence]]):
+        self._lowering: dict[Hashable, Future] = {name: Future() for name in programs}
+        self._compiling: dict[Hashable, Future] = {}
         if programs:
             workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
             self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compiler")
-            self._futures = {name: self._pool.submit(compile) for name, compile in programs.items()}
-            self._pool.shutdown(wait=False)  # its threads end with what they have to do
+            todo = [(name, lower, self._lowering[name]) for name, lower in programs.items()]
+            threading.Thread(target=self._lower, args=(todo,), name="lowering", daemon=True).start()
+
+    def _lower(self, todo) -> None:
+        for name, lower, done in todo:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                self._compiling[name] = self._pool.submit(lambda some: [x.compile() for x in some], lower())
+                done.set_result(None)
+            except BaseException as error:  # for whoever waits
+                done.set_exception(error)
+        self._pool.shutdown(wait=False)  # its threads end with what they have to do
 
     def wait(self, name: Hashable) -> None:
-        """Until it is compiled, or at once if that has not begun, so that the caller does it. Raises what compiling
-        raised."""
-        future = self._futures.pop(name, None)
-        if future is not None and not future.cancel():
-            future.result()
+        """Until it is compiled, or at once if that has not begun, so that the caller does it. Raises what lowering or
+        compiling raised."""
+        lowering = self._lowering.pop(name, None)
+        if lowering is not None and not lowering.cancel():
+            lowering.result()
+            compiling = self._compiling.pop(name)
+            if not compiling.cancel():
+                compiling.result()
+
+    def finish(self, names: Iterable[Hashable]) -> None:
+        """Until all of these are compiled. Raises as `wait`."""
+        for name in names:
+            if name in self._lowering:
+                self._lowering.pop(name).result()
+                self._compiling.pop(name).result()
 
     def close(self) -> set[Hashable]:
         """Begin no more. → the names of what was not begun."""
-        return {name for name, future in self._futures.items() if future.cancel()}
+        left = {name for name, lowering in self._lowering.items() if lowering.cancel()}
+        return left | {name for name, compiling in list(self._compiling.items()) if compiling.cancel()}
 
 
 def like(arrays):

@@ -251,11 +251,11 @@ class _Run:
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
         programs, compiled = self._programs(width), sampler.compiled.setdefault(plan, set())
-        self.ahead = Ahead({name: make for name, make in programs.items() if name not in compiled})
-        compiled |= programs.keys()
+        self.ahead = Ahead({name: lower for name, lower in programs.items() if name not in compiled})
+        compiled.update(programs)
 
-    def _programs(self, width: int) -> dict[Hashable, Callable]:
-        """What compiles the programs that take long and that this call will need, those needed first first, and then
+    def _programs(self, width: int) -> dict[tuple[str, int], Callable]:
+        """What lowers the programs that take long and that this call will need, those needed first first, and then
         those of a call with the same plan and longer prompts. width: pages of a slot."""
         if self.s.layout not in AHEAD:
             return {}
@@ -265,33 +265,40 @@ class _Run:
         def by_slot(*shape, dtype=np.int32):  # of a group
             return jax.ShapeDtypeStruct((groups * shape[0], *shape[1:]), dtype, sharding=self.by_slot)
 
-        def state(n: int):
-            return device.Slots(*(by_slot(n, *x.shape[1:], dtype=x.dtype) for x in self.state))
-
         def prefill(time: int):
             heads = P("data", None, decoder.AXIS)
-            shape = groups * PREFILL, time, decoder.kv_heads(self.s.config, p.tensor), self.s.config.head_dim
+            shape = groups * PREFILL, time, decoder.kv_heads(p.config, p.tensor), p.config.head_dim
             keys = jax.ShapeDtypeStruct(shape, p.dtype, sharding=NamedSharding(p.mesh, heads))
-            device.prefill.lower(p, weights, by_slot(PREFILL, time), by_slot(PREFILL)).compile()
-            device.insert.lower(p, layers, [(keys, keys)] * len(layers), by_slot(ROWS, 2)).compile()
+            return (
+                device.prefill.lower(p, weights, by_slot(PREFILL, time), by_slot(PREFILL)),
+                device.insert.lower(p, layers, [(keys, keys)] * len(layers), by_slot(ROWS, 2)),
+            )
 
         def decode(n: int):
+            state = device.Slots(*(by_slot(n, *x.shape[1:], dtype=x.dtype) for x in self.state))
             rest = by_slot(n, width), ends, by_slot(1), steps
             if drafts := self._guessed(n):
                 seen = by_slot(n, self.length)
-                device.decode_drafts.lower(p, drafts, weights, layers, state(n), seen, *rest).compile()
-            else:
-                device.decode.lower(p, self.length, weights, layers, state(n), *rest).compile()
+                return [device.decode_drafts.lower(p, drafts, weights, layers, state, seen, *rest)]
+            return [device.decode.lower(p, self.length, weights, layers, state, *rest)]
 
         longest = max(len(r.prompt) for r in self.requests)
-        times = [prefill_length(1, self.s.layout)]
+        times = [prefill_length(1, p.layout)]
         while times[-1] < self.s.common(longest):
-            times.append(prefill_length(times[-1] + 1, self.s.layout))
-        here = [t for t in times if t <= prefill_length(longest, self.s.layout)][::-1]
-        first = [("prefill", t) for t in here[:1]] + [("decode", self.slots)] + [("prefill", t) for t in here[1:]]
-        others = [("decode", n) for n in self.sizes[1:]] + [("prefill", t) for t in times if t not in here]
-        compile = {"prefill": prefill, "decode": decode}
-        return {(what, n): partial(compile[what], n) for what, n in first + others}
+            times.append(prefill_length(times[-1] + 1, p.layout))
+        now = [t for t in times if t <= prefill_length(longest, p.layout)]
+        names = [("prefill", t) for t in now[::-1]] + [("decode", n) for n in self.sizes]
+        names += [("prefill", t) for t in times if t not in now]
+        names.sort(key=lambda name: not self._tuned(*name))
+        return {(what, n): partial({"prefill": prefill, "decode": decode}[what], n) for what, n in names}
+
+    def _tuned(self, what: str, n: int) -> bool:
+        """Whether the compiler tries out on the devices which of a library's products to take, which it measures
+        rightly while nothing else runs there."""
+        if self.p.layout != "gpu" or what == "prefill":
+            return self.p.layout == "gpu"
+        c, tensor, rows = self.p.config, self.p.tensor, n * (1 + self._guessed(n))
+        return gpu.products_by(rows, c.hidden_size, c.intermediate_size // tensor, tensor) != "many"
 
     def _pieces(self):
         """(request, some of its samples) small enough to spread over the device groups."""
@@ -309,6 +316,7 @@ class _Run:
         """Drive the devices; yield what each group drew, and tokens and log-probabilities [LOG, groups * slots], still
         on the devices."""
         try:
+            self.ahead.finish(name for name in self.s.compiled[self.plan] if self._tuned(*name))
             while True:
                 self._refill()
                 if not any(g.live.any() for g in self.groups):
