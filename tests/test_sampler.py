@@ -502,8 +502,12 @@ def test_what_is_compiled_ahead(monkeypatch):
     third.go_on.set()
     ahead.wait("third")
     assert made == ["first", "wrong", "third"] and ahead.close() == set()
-    Ahead({"third": lambda: [third], "first": lambda: [first]}).finish(["first", "of no one's"])
-    assert made[3:] == ["third", "first"]
+    ahead = Ahead({"third": lambda: [third], "first": lambda: [first, wrong], "never": lambda: 1 // 0})
+    ahead.finish(["first", "never", "of no one's"])
+    assert made[3:] == ["third", "first", "wrong"]
+    for name in ("first", "never"):
+        with pytest.raises(ZeroDivisionError):
+            ahead.wait(name)
 
     for event in (first.begun, first.go_on, lowering, at_last):
         event.clear()
@@ -514,7 +518,7 @@ def test_what_is_compiled_ahead(monkeypatch):
         event.set()
     left.wait("first")
     left.wait("never")
-    assert made[5:] == ["first"]
+    assert made[6:] == ["first"]
 
 
 def test_a_prompt_is_prefilled_once(sampler, narrow, requests, monkeypatch):

@@ -52,11 +52,10 @@ class Ahead:
                 compiling.result()
 
     def finish(self, names: Iterable[Hashable]) -> None:
-        """Until all of these are compiled. Raises as `wait`."""
+        """Until all of these are compiled, or have failed to be, which matters to those that are needed."""
         for name in names:
-            if name in self._lowering:
-                self._lowering.pop(name).result()
-                self._compiling.pop(name).result()
+            if name in self._lowering and self._lowering[name].exception() is None:
+                self._compiling[name].exception()
 
     def close(self) -> set[Hashable]:
         """Begin no more. → the names of what was not begun."""

@@ -300,6 +300,8 @@ def attend(qkv, bias, rope, plans: list[tuple[int, Plan]], pool, heads: int, cor
     return jnp.concatenate(found), pool
 
 
+# Jitted, so that the kernel is traced once and not for every layer.
+@partial(jax.jit, static_argnames=("heads", "cores"))
 def _attend(qkv, bias, rope, items: Plan, pool, heads: int, cores: int):
     slots, dim = qkv.shape[0], 2 * rope[0].shape[-1]
     _, _, kv_heads, size, lanes = pool.shape
