@@ -107,24 +107,27 @@ def test_number_of_shapes_is_bounded():
     for _ in range(300):
         lengths = rng.integers(1, 1000, rng.integers(1, 60))
         shapes.add(pack([example(1, n) for n in lengths], np.ones(60), row_tokens=2048, micro_rows=2)["tokens"].shape)
-    # one micro-batch of 128, 192, … 1536, 2048, of one row or two; then 64 (at most 30 rows of 2048) of 2048
-    assert len(shapes) <= 19 and {s[0] for s in shapes} == {1, 64}
+    # one micro-batch of 128, 192, … 1536, 2048, of one row or two; then 256 (at most 30 rows of 2048) of 2048
+    assert len(shapes) <= 19 and {s[0] for s in shapes} == {1, 256}
     assert {s[1:] for s in shapes if s[0] > 1} == {(2, 2048)}
 
 
-def test_the_steps_of_a_grpo_run_share_one_program():
-    """28 questions with 10 responses of at most 4,000 tokens, of which those of 9 to 23 questions teach: the shape of a
-    batch and the number of sequences that attention is compiled for. Rows stay about as full as they can be."""
+@pytest.mark.parametrize("questions", [28, 112])
+def test_the_steps_of_a_grpo_run_share_one_program(questions):
+    """Questions with 10 responses of at most 4,000 tokens, of which those of a third to five sixths teach: the shape of
+    a batch and the number of sequences that attention is compiled for. Rows stay about as full as they can be."""
     programs, rng, rows, fewest = set(), np.random.default_rng(0), 0, 0
     for _ in range(60):
-        lengths = np.exp(np.log(540) + 0.6 * rng.standard_normal(10 * rng.integers(9, 24)))
+        lengths = np.exp(
+            np.log(540) + 0.6 * rng.standard_normal(10 * rng.integers(questions // 3, questions * 5 // 6 + 1))
+        )
         lengths[rng.random(len(lengths)) < 0.02] = 4000
         lengths = lengths.clip(30, 4000).astype(int)
         batch = pack([example(100, n) for n in lengths], np.ones(len(lengths)), row_tokens=5760, micro_rows=2)
         programs.add((batch["tokens"].shape, segment_lengths(batch["segments"]).shape))
         rows += (batch["segments"][..., 0] > 0).sum()
         fewest += len(first_fit_decreasing(lengths + 100, 5760))
-    assert programs == {((64, 2, 5760), (64, 2, 16))}
+    assert programs == {((256, 2, 5760), (256, 2, 16))}
     assert rows < 1.03 * fewest
 
 
@@ -161,7 +164,7 @@ def test_layout_of_a_packed_row():
     assert not any(batch[k][0, 1].any() for k in row), "the second row is padding"
 
 
-@pytest.mark.parametrize(("examples", "micro"), [(1, 1), (2, 1), (3, 64), (128, 64), (129, 256)])
+@pytest.mark.parametrize(("examples", "micro"), [(1, 1), (2, 1), (3, 256), (512, 256), (513, 1024)])
 def test_micro_batches_are_padded_to_few_numbers(examples, micro):
     batch = pack([example(2, 6)] * examples, np.ones(examples), row_tokens=8, micro_rows=2)
     used = -(-examples // 2)
@@ -174,9 +177,8 @@ def test_a_small_batch_in_the_shape_of_larger_ones(shards):
     small, large = ([example(2, 100)] * n for n in (1, 30))
     options = {"row_tokens": 512, "micro_rows": 2, "shards": shards}
     batch = pack(small, np.ones(1), **options, several=True)
-    assert (
-        batch["tokens"].shape == pack(large, np.ones(30), **options)["tokens"].shape == (64 // shards, 2 * shards, 512)
-    )
+    shape = 256 // shards, 2 * shards, 512
+    assert batch["tokens"].shape == pack(large, np.ones(30), **options)["tokens"].shape == shape
     assert batch["used"] == 1 and batch["segments"].sum() == 102
 
 
@@ -209,7 +211,7 @@ def test_every_epoch_has_every_example_once_and_an_order_of_its_own():
 def test_the_last_batch_of_an_epoch_has_the_shape_of_the_others():
     examples = [example(2, n) for n in np.random.default_rng(0).integers(20, 60, 37)]
     made = list(supervised(examples, batch=8, epochs=3, seed=0, row_tokens=64, micro_rows=2))
-    assert {b["tokens"].shape for b in made} == {(64, 2, 64)}
+    assert {b["tokens"].shape for b in made} == {(256, 2, 64)}
     assert [int((b["weight"] > 0).sum()) for b in made[4::5]] != [int((b["weight"] > 0).sum()) for b in made[3::5]]
     rows = supervised(examples, batch=8, epochs=1, seed=0, row_tokens=1024, micro_rows=2)
     assert all(b["tokens"].shape[0] == 1 for b in rows), "where one micro-batch is usual it stays one"

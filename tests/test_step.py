@@ -233,7 +233,7 @@ def test_bfloat16_arithmetic_on_float32_weights(supervised):
 
 
 POLICY = Objective(ratio="sequence", kl=0.1)
-BONUS = Objective(entropy=0.1)  # whose layers are unrolled on meshes
+BONUS = Objective(entropy=0.1)  # whose layers are unrolled on meshes, and its batch one micro-batch
 MESHES = {
     2: [({"tensor": 2}, None), ({"fsdp": 2}, POLICY)],
     4: [({}, POLICY), ({"data": 2, "fsdp": 2}, None)],
@@ -245,8 +245,11 @@ MESHES = {
 def three_updates(axes, objective, devices=1):
     """The metrics of three updates on a mesh, then the size of the weights."""
     mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
-    trainer = Trainer(tiny.CONFIG, jnp.float32, mesh, PLAIN, objective, unroll=objective is BONUS and devices > 1)
-    batch = batch_of(tiny.examples(21, policy=objective is not None), shards=trainer.batch_shards)
+    whole = objective is BONUS and devices > 1
+    trainer = Trainer(tiny.CONFIG, jnp.float32, mesh, PLAIN, objective, unroll=whole)
+    rows = {"micro_rows": 16 if whole else 1, "shards": trainer.batch_shards}
+    batch = batch_of(tiny.examples(21, policy=objective is not None), **rows)
+    assert (len(batch["tokens"]) == 1) == whole
     if objective:  # any numbers near the policy's
         batch |= {"old": batch["logp"], "reference": batch["logp"] - 0.1}
     state, batch = trainer.init(tiny.params()), trainer.place(batch)
@@ -279,15 +282,16 @@ def test_one_device_equals_two_four_and_eight():
             np.testing.assert_allclose([float(x) for x in next(lines).split()], one[objective], rtol=2e-4)
 
 
-def reduced(unroll):
+def reduced(unroll, micro_rows):
     """`tiny.all_reduced` of an update on four devices, each of which has all weights."""
     trainer = Trainer(tiny.CONFIG, jnp.float32, make_mesh(MeshConfig(), jax.devices()[:4]), PLAIN, unroll=unroll)
-    batch = batch_of(tiny.examples(21), shards=4)
-    assert len(batch["tokens"]) == 32, "micro-batches"
-    return tiny.all_reduced(targets.compile_update(trainer, batch).as_text())
+    batch = batch_of(tiny.examples(21), shards=4, micro_rows=micro_rows)
+    assert len(batch["tokens"]) == (128 if micro_rows == 1 else 1), "micro-batches"
+    return tiny.all_reduced(targets.compile_update(trainer, batch).as_text(), loops=micro_rows == 1)
 
 
 def test_whole_gradients_are_reduced_once_and_not_in_every_micro_batch():
+    """Nor that of the table, which is tied, once for what embeds and once for what makes logits."""
     weights = sum(x.size for x in jax.tree.leaves(tiny.params()))
     for line in on_eight("reduced"):
         inside, outside = map(int, line.split())
@@ -297,8 +301,8 @@ def test_whole_gradients_are_reduced_once_and_not_in_every_micro_batch():
 if __name__ == "__main__":
     assert jax.device_count() == 8
     if sys.argv[1] == "reduced":
-        for unroll in (False, True):
-            print(*reduced(unroll))
+        for unroll, micro_rows in ((False, 1), (True, 1), (True, 16)):
+            print(*reduced(unroll, micro_rows))
     else:
         for devices, meshes in MESHES.items():
             for axes, objective in meshes:

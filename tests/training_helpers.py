@@ -85,9 +85,9 @@ def examples(number: int, seed: int = 0, policy: bool = False) -> list[Example]:
     return made
 
 
-def all_reduced(program: str, collective: str = "all-reduce") -> tuple[int, int]:
+def all_reduced(program: str, collective: str = "all-reduce", loops: bool = True) -> tuple[int, int]:
     """Elements that a compiled program's all-reduces return, or others of its collectives: of those inside loops, each
-    counted once, and outside."""
+    counted once, and outside. loops: whether it has any."""
     parts = dict(re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
     inside, new = set(), set(re.findall(r"body=%([\w.-]+)", program))
     while new:
@@ -99,7 +99,7 @@ def all_reduced(program: str, collective: str = "all-reduce") -> tuple[int, int]
         shapes = re.findall(r"\w\[([\d,]*)\]", " ".join(results))
         return sum(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
 
-    assert inside, "no loops: the program is not written as it was"
+    assert bool(inside) == loops, "the program is not written as it was"
     in_loops = sum(elements(parts[name]) for name in inside)
     return in_loops, sum(map(elements, parts.values())) - in_loops
 

@@ -200,9 +200,9 @@ class Trainer:
         keep = self._keep(batch["tokens"].shape)
         cast = unstack(state.params, self.dtype) if self.unroll else self._in_dtype(state.params)
 
-        def gradient(params, micro):
+        def gradient(params, micro, of_all=lambda grads: grads):
             grads, sums = jax.grad(self._loss, has_aux=True)(params, micro, keep)
-            return restack(grads), sums
+            return restack(of_all(grads)), sums
 
         def add_up(params, batch, used, shardings=None):
             def accumulate(i, total):
@@ -217,25 +217,31 @@ class Trainer:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
             return jax.lax.fori_loop(0, used, accumulate, zeros)
 
-        def add_up_by_device(params, batch, used):
-            grads, sums = add_up(params, batch, used)
-            most = {k: jax.lax.pmax(x, "data") for k, x in sums.items() if k.endswith("_max")}
-            grads, sums = jax.lax.psum((grads, sums), "data")
-            return grads, sums | most
+        one = batch["tokens"].shape[0] == 1  # micro-batch: no accumulator to hold
 
-        if batch["tokens"].shape[0] == 1:  # no accumulator to hold
-            grads, sums = gradient(cast, jax.tree.map(lambda x: x[0], batch))
-            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-        elif 1 < self.mesh.shape["data"] == self.mesh.size:
+        def add_up_by_device(params, batch, used):
+            of_all = functools.partial(jax.lax.psum, axis_name="data")
+            if one:  # layer by layer, while others' are still computed
+                grads, sums = gradient(params, jax.tree.map(lambda x: x[0], batch), of_all)
+            else:
+                grads, sums = add_up(params, batch, used)
+                grads = of_all(grads)
+            most = {k: jax.lax.pmax(x, "data") for k, x in sums.items() if k.endswith("_max")}
+            return grads, of_all(sums) | most
+
+        if 1 < self.mesh.shape["data"] == self.mesh.size and (self.unroll or not one):
             # Weights are whole on each device, which can add its own gradients up: they are reduced once, and not for
-            # every micro-batch, as the compiler would have it.
+            # every micro-batch, or a tied table's once for tokens and once for logits, as the compiler would have it.
             whole, rows = PartitionSpec(), PartitionSpec(None, "data")
             by_device = jax.shard_map(
                 add_up_by_device, mesh=self.mesh, in_specs=(whole, rows, whole), out_specs=whole, check_vma=False
             )
             grads, sums = by_device(cast, batch, used)
+        elif one:
+            grads, sums = gradient(cast, jax.tree.map(lambda x: x[0], batch))
         else:
             grads, sums = add_up(cast, batch, used, self.shardings.params)
+        grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.named_scope("optimizer"):
             changes, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, changes)
