@@ -639,7 +639,7 @@ def test_groups_share_the_last_responses_evenly(monkeypatch):
         run.s, run.p = SimpleNamespace(layout="plain", weights=None), None
         run.groups = [Group(plan, 128, 1), Group(plan, 128, 1)]
         run.requests = [Request((1, 2), i, tuple(range(10))) for i in range(56)]
-        run.queue = deque((i, range(10)) for i in range(56))
+        run.queue, run.ahead = deque((i, range(10)) for i in range(56)), Ahead({})
         monkeypatch.setattr(run, "_put", lambda x: x)
         monkeypatch.setattr(device, "prefill", lambda *_: None)
         while run._prefill_next():
@@ -809,7 +809,8 @@ ON_FOUR = """
             seen.clear()
             assert_same(split(name, layout, tensor), whole)
             by = "compiler" if layout == "interpret" else "sampler"
-            assert {thread for program, thread in seen if program == "jit(decode)"} == {by}
+            for program in ("jit(prefill)", "jit(insert)", "jit(decode)"):
+                assert {thread for what, thread in seen if what == program} == {by}, program
 """
 
 
