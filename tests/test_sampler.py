@@ -453,9 +453,10 @@ def test_programs_are_compiled_before_they_are_needed(model, requests, whole, mo
     seen = compilations()
     try:
         run(sampler, [dataclasses.replace(requests[0], samples=tuple(range(30)))])
-        assert_same(run(sampler, requests), whole)
+        ours = run(sampler, requests[:6])
     finally:
         jax.monitoring.clear_event_listeners()
+    assert_same(ours, {key: whole[key] for key in ours})
     assert asked == [[("prefill", 16), ("decode", 16), ("prefill", 32), ("decode", 25)], []]
     ahead = [name for name, thread in seen if thread == "compiler"]
     tuned = [name for name, _ in seen][: [thread for _, thread in seen].index("sampler")]
@@ -701,7 +702,8 @@ def test_drafts_make_no_difference(model, requests, whole, monkeypatch):
     """Guesses that are mostly wrong, slots that are refilled and become fewer, end tokens and limits."""
     monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
     monkeypatch.setattr(device, "decode", None)  # all steps are with drafts
-    assert_same(run(paged(model, slots=7, drafts=3), requests[::-1]), whole)
+    ours = run(paged(model, slots=7, drafts=3), requests[6:0:-1])
+    assert_same(ours, {key: whole[key] for key in ours})
     monkeypatch.undo()
     draw = np.random.RandomState(1)
     limited = [dataclasses.replace(r, limits=tuple(draw.randint(1, 40, len(r.samples)).tolist())) for r in requests[:6]]
@@ -760,7 +762,9 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
         return call(p, drafts, weights, layers, slots, seen, *rest)
 
     monkeypatch.setattr(device, "decode_drafts", watch)
-    assert_same(run(paged(model, slots=24, drafts=7), requests), whole)
+    requests = requests[:8]
+    ours = run(paged(model, slots=24, drafts=7), requests)
+    assert_same(ours, {key: whole[key] for key in ours})
     assert [sorted({d for d, *_, seen in known if len(seen) == n}) for n in (24, 16, 8)] == [[1], [3], [7]]
     texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
     _, position, done, seen = next(x for x in known if len(x[-1]) == 16)

@@ -264,12 +264,12 @@ def _attend_kernel(
     # A row for each query head of each new token, the first token's first. Of one new token the key and the value are
     # vectors, of several the rows of a matrix; what is past them is masked.
     row = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh * group)))
-    nth, query = jax.lax.div(row, group), jax.lax.rem(row, group)
+    nth, query = jax.lax.div(row, group), row if fresh == 1 else jax.lax.rem(row, group)
     mine = (row < fresh * group)[:, None] & (column >= 0)[None, :]
+    start = ((head * group + query) * head_dim)[:, None]
     first = (heads + head) * head_dim
     if fresh == 1:
-        new, token, query, across, is_new = 0, slot, row, column, column >= 0
-        start = ((head * group + query) * head_dim)[:, None]
+        new, token, across, is_new = 0, slot, column, column >= 0
         turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
         angle = jax.lax.rem(column, half)
         sign = jnp.where(column < half, -1.0, 1.0)
@@ -287,7 +287,7 @@ def _attend_kernel(
         new_v = biased(first + kv_heads * head_dim + column, is_new)
     else:
         new, token = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh)))[:, None], (slot * fresh + nth)[:, None]
-        across, start = column[None, :], ((head * group + query) * head_dim)[:, None]
+        across = column[None, :]
         is_new = (new < fresh) & (across >= 0) & here
         q = plgpu.load(qkv_ref.at[0, token, start + across], mask=mine, other=0.0)  # [rows, head_dim]
         new_k, new_v = (
@@ -299,10 +299,12 @@ def _attend_kernel(
     scale = head_dim**-0.5 * math.log2(math.e)
     to = jnp.maximum(position, 0) + new
     page = plgpu.load(table_ref.at[slot, jnp.minimum(jax.lax.div(to, page_size), table_ref.shape[1] - 1)])
-    at = page * page_size + jax.lax.rem(to, page_size)
-    writes = is_new & here & (position >= 0) & ((new == 0) | (new < room_ref[slot]))
+    writes = here & (position >= 0) & ((new == 0) | (new < room_ref[slot]))
+    # What isn't written lies outside: step by step a masked store writes what was there, and pages that a slot hasn't
+    # got yet may have the number of one that it has.
+    at = jnp.where(writes, page * page_size + jax.lax.rem(to, page_size), keys_ref.shape[1])
     for ref, x in ((keys_ref, new_k), (values_ref, new_v)):
-        plgpu.store(ref.at[head, at, across], x.astype(ref.dtype), mask=writes)
+        plgpu.store(ref.at[head, at, across], x.astype(ref.dtype), mask=writes & is_new)
     if fresh == 1:
         most = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
         most = jnp.where(here, most, LEAST)

@@ -266,9 +266,9 @@ class _Run:
             return jax.ShapeDtypeStruct((groups * shape[0], *shape[1:]), dtype, sharding=self.by_slot)
 
         def prefill(time: int):
-            heads = P("data", None, decoder.AXIS)
+            spec = P("data", None, decoder.AXIS)
             shape = groups * PREFILL, time, decoder.kv_heads(p.config, p.tensor), p.config.head_dim
-            keys = jax.ShapeDtypeStruct(shape, p.dtype, sharding=NamedSharding(p.mesh, heads))
+            keys = jax.ShapeDtypeStruct(shape, p.dtype, sharding=NamedSharding(p.mesh, spec))
             return (
                 device.prefill.lower(p, weights, by_slot(PREFILL, time), by_slot(PREFILL)),
                 device.insert.lower(p, layers, [(keys, keys)] * len(layers), by_slot(ROWS, 2)),
