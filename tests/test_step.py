@@ -235,7 +235,7 @@ def test_bfloat16_arithmetic_on_float32_weights(supervised):
 POLICY = Objective(ratio="sequence", kl=0.1)
 BONUS = Objective(entropy=0.1)  # whose layers are unrolled on meshes, and its batch one micro-batch
 MESHES = {
-    2: [({"tensor": 2}, None), ({"fsdp": 2}, POLICY)],
+    2: [({"tensor": 2}, None)],
     4: [({}, POLICY), ({"data": 2, "fsdp": 2}, None)],
     8: [({}, None), ({}, BONUS), ({"fsdp": 2, "tensor": 2}, POLICY)],
 }
