@@ -77,7 +77,6 @@ def test_products(rows, k, n, tiling):
     "rows, k, f, tiling",
     [
         (128, 128, 144, (144,)),
-        (256, 128, 272, (272,)),
         pytest.param(192, 128, 200, (144,), marks=NEWER),
         pytest.param(256, 128, 200, (208, 2), marks=NEWER),
     ],
