@@ -58,8 +58,8 @@ class Ahead:
                 self._compiling[name].exception()
 
     def close(self) -> set[Hashable]:
-        """Begin no more. → the names of what was not begun."""
-        left = {name for name, lowering in self._lowering.items() if lowering.cancel()}
+        """Begin no more, whoever waits. → the names of what was not begun."""
+        left = {name for name, lowering in list(self._lowering.items()) if lowering.cancel()}
         return left | {name for name, compiling in list(self._compiling.items()) if compiling.cancel()}
 
 

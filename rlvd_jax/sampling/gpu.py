@@ -171,8 +171,8 @@ def attend(
     num_stages: int = 3,
     interpret=False,
 ):
-    """`fresh` new tokens of every slot: rotate their queries and keys, append keys and values, attend each to all up to
-    itself.
+    """`fresh` new tokens of every slot: rotate their queries and keys, of several before the kernel, append keys and
+    values, attend each to all up to itself.
 
     qkv: [parts, slots * fresh, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation, a slot's
     tokens one after the other; bias: of qkv's columns; rope: cos and sin, [slots * fresh, head_dim / 2] float32;

@@ -179,7 +179,10 @@ class Sampler:
                 )
         run = _Run(self, requests, seed, self.plan(max(len(r.prompt) for r in requests), total))
         with contextlib.closing(_in_thread(run.rounds())) as rounds:
-            yield from run.completions(rounds)
+            try:
+                yield from run.completions(rounds)
+            finally:  # before the devices' thread is waited for, which may wait for what has not begun
+                run.compiled.difference_update(run.ahead.close())
 
 
 def _in_thread(items: Iterator) -> Iterator:
@@ -230,7 +233,7 @@ class _Run:
     """One call of `Sampler.sample`."""
 
     def __init__(self, sampler: Sampler, requests: Sequence[Request], seed: int, plan: Plan):
-        self.s, self.p, self.requests, self.plan, self.slots = sampler, sampler.program, requests, plan, plan.slots
+        self.s, self.p, self.requests, self.slots = sampler, sampler.program, requests, plan.slots
         self.paged = sampler.layout != "plain"
         self.size = kv.page_size(sampler.layout) if self.paged else plan.length
         width = kv.pages_of(plan.length, sampler.layout) if self.paged else 1
@@ -250,9 +253,9 @@ class _Run:
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
-        programs, compiled = self._programs(width), sampler.compiled.setdefault(plan, set())
-        self.ahead = Ahead({name: lower for name, lower in programs.items() if name not in compiled})
-        compiled.update(programs)
+        programs, self.compiled = self._programs(width), sampler.compiled.setdefault(plan, set())
+        self.ahead = Ahead({name: lower for name, lower in programs.items() if name not in self.compiled})
+        self.compiled.update(programs)
 
     def _programs(self, width: int) -> dict[tuple[str, int], Callable]:
         """What lowers the programs that take long and that this call will need, those needed first first, and then
@@ -315,15 +318,12 @@ class _Run:
     def rounds(self) -> Iterator[tuple[list[_Round], tuple[jax.Array, jax.Array]]]:
         """Drive the devices; yield what each group drew, and tokens and log-probabilities [LOG, groups * slots], still
         on the devices."""
-        try:
-            self.ahead.finish(name for name in self.s.compiled[self.plan] if self._tuned(*name))
-            while True:
-                self._refill()
-                if not any(g.live.any() for g in self.groups):
-                    return
-                yield self._decode(self._shrink())
-        finally:
-            self.s.compiled[self.plan] -= self.ahead.close()
+        self.ahead.finish([name for name in self.compiled if self._tuned(*name)])
+        while True:
+            self._refill()
+            if not any(g.live.any() for g in self.groups):
+                return
+            yield self._decode(self._shrink())
 
     def completions(self, rounds) -> Iterator[Completion]:
         """Put together what was drawn in `rounds`. It touches none of the books, so it may run beside `rounds`, to
