@@ -51,7 +51,7 @@ def test_the_defaults_are_the_papers():
         "max_tokens": 4000,
         "slots": None,
         "tensor": None,
-        "drafts": 7,
+        "drafts": 63,
     }
     assert SamplingConfig().model_dump() == a12
     grpo = GRPOConfig(start="base", problems="train").model_dump()

@@ -80,14 +80,17 @@ def test_attention(heads, kv_heads, dim, parts, splits, how):
         assert set(zip(*(x.tolist() for x in changed), strict=True)) == written
 
 
-@pytest.mark.parametrize("heads, kv_heads, dim, parts, splits", [(12, 2, 128, 1, 1), (14, 2, 64, 4, 3)])
-def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits):
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, parts, splits, fresh",
+    [(12, 2, 128, 1, 1, 4), (14, 2, 64, 4, 3, 4), (16, 2, 64, 2, 4, 11), (12, 2, 128, 4, None, 18)],
+)
+def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits, fresh):
     """As if each were a slot of its own that is written before any reads; what there is no room for is not written."""
-    slots, pages, fresh = 5, 50, 4
+    slots, pages = 5, 50
     dtype = jnp.bfloat16
     keys, values = (normal(kv_heads, pages, PAGE, dim, seed=i, dtype=dtype) for i in (1, 2))
     table = jnp.asarray(np.random.RandomState(3).permutation(pages).reshape(slots, 10), jnp.int32)
-    position, room = np.array([40, 14, -1, 159, 0]), np.array([4, 4, 4, 1, 3])
+    position, room = np.array([40, 30, -1, 159, 0]), np.array([fresh, fresh, 4, 1, 3])
     rows = position[:, None] + np.arange(fresh)
     there = (position[:, None] >= 0) & (np.arange(fresh) < room[:, None])
     rope = rope_table(jnp.asarray(rows.ravel()), dim, 1e4)
@@ -101,6 +104,7 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits):
     position = jnp.asarray(position, jnp.int32)
     out, *new = gpu.attend(qkv, bias, rope, position, table, keys, values, interpret=INTERPRET, **how)
     there = there.ravel()
+    assert np.isfinite(np.float64(out)).all()
     np.testing.assert_allclose(np.float64(out)[there], expected[there], atol=0.03, rtol=0.02)
     for ours, theirs, before in zip(new, after, (keys, values), strict=True):
         ours, theirs = np.float32(ours), np.float32(theirs)

@@ -465,6 +465,22 @@ def test_programs_are_compiled_before_they_are_needed(model, requests, whole, mo
     assert not {name for name, thread in seen if thread != "compiler"} & set(ahead)
 
 
+def test_what_is_tuned(sampler, monkeypatch):
+    """Prefills, and of the steps that a library multiplies in one of those with as many rows."""
+    config = dataclasses.replace(sampler.config, hidden_size=1536, intermediate_size=8960)
+    run = SimpleNamespace(p=sampler.program._replace(config=config, layout="gpu"), drafts=63)
+    run.sizes = sampler_module.sizes(256, paged=True, drafts=63)
+    run._guessed = functools.partial(sampler_module._Run._guessed, run)
+    for hopper, expected in ((True, [64]), (False, [256, 128, 64])):
+        monkeypatch.setattr(gpu.hopper, "here", lambda hopper=hopper: hopper)
+        assert [n for n in run.sizes if sampler_module._Run._tuned(run, "decode", n)] == expected
+        assert sampler_module._Run._tuned(run, "prefill", 128)
+    assert run.sizes == [256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert sampler_module.sizes(256, paged=True, drafts=7)[-2:] == [16, 8]
+    run.p = run.p._replace(layout="tpu")
+    assert not sampler_module._Run._tuned(run, "prefill", 128)
+
+
 def test_what_is_compiled_ahead(monkeypatch):
     """One program after the other is lowered, while those lowered are compiled; one at a time, of two cores."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -659,12 +675,15 @@ def test_steps_of_a_round_of_several_groups(sampler):
     run.groups = [Group(Plan(512, 128, 0), 128, 1) for _ in range(2)]
     for g, live in zip(run.groups, (512, 500), strict=True):
         g.occupant[:live] = 0
-    assert run._in_step(128, [16, 40]) == 128, "nothing is known yet"
+    assert run._in_step(128, [16, 40], 1) == 128, "nothing is known yet"
     run.pace = 0.25  # 22 are wanted of each: 16 of one, 28 of the other
-    assert run._in_step(128, [16, 40]) == 88
-    assert run._in_step(64, [16, 40]) == 64
+    assert run._in_step(128, [16, 40], 1) == 88
+    assert run._in_step(64, [16, 40], 1) == 64
     run.pace = 10.0
-    assert run._in_step(128, [16, 40]) == 4, "as many as are taken without a look"
+    assert run._in_step(128, [16, 40], 1) == 4, "as many as are taken without a look"
+    run.slots = 1
+    assert run._in_step(1024, [1, 1], 64) == 512, "eight steps"
+    assert run._in_step(32, [1, 1], 64) == 32, "no more than pages are there for"
 
 
 @pytest.mark.parametrize("layout", ["gpu", "interpret"])
@@ -751,7 +770,7 @@ def test_drafts_save_steps(requests):
 
 def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     """What was drawn before the last responses moved to few slots, some of it in slots that others had before; of fewer
-    slots more is guessed of each."""
+    slots more is guessed of each, and more fetched at once."""
     for module in (device, sampler_module):
         monkeypatch.setattr(module, "LOG", 16)
     monkeypatch.setattr(sampler_module, "TAIL", 0)
@@ -763,13 +782,21 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
         return call(p, drafts, weights, layers, slots, seen, *rest)
 
     monkeypatch.setattr(device, "decode_drafts", watch)
-    requests = requests[:8]
-    ours = run(paged(model, slots=24, drafts=7), requests)
-    assert_same(ours, {key: whole[key] for key in ours})
-    assert [sorted({d for d, *_, seen in known if len(seen) == n}) for n in (24, 16, 8)] == [[1], [3], [7]]
+    requests = requests[:4]
+    draws = [(r.question, sample) for r in requests for sample in r.samples]
+    limits = {draw: min(80, 8 + 160 // (2 + i)) for i, draw in enumerate(reversed(draws))}  # fewer and fewer go on
+    requests = [dataclasses.replace(r, limits=tuple(limits[r.question, s] for s in r.samples)) for r in requests]
+    ours = run(paged(model, slots=6, drafts=63), requests)
+    expected = {
+        key: dataclasses.replace(c, tokens=c.tokens[: limits[key]], logprobs=c.logprobs[: limits[key]])
+        for key, c in whole.items()
+        if key in limits
+    }
+    assert_same(ours, expected)
+    assert {(len(seen), drafts) for drafts, *_, seen in known} == {(6, 9), (4, 15), (2, 31), (1, 63)}
     texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
-    _, position, done, seen = next(x for x in known if len(x[-1]) == 16)
-    assert (~done).sum() > 3 and len(seen) == 16 and position[~done].max() > 20
+    _, position, done, seen = next(x for x in known if len(x[-1]) == 4)
+    assert (~done).sum() > 2 and len(seen) == 4 and position[~done].max() > 20
     for at, text in zip(position[~done], seen[~done].tolist(), strict=True):
         assert any(whole_text[: at + 1] == tuple(text[: at + 1]) for whole_text in texts)
         assert set(text[at + 1 :]) == {-1}

@@ -40,7 +40,7 @@ PRODUCTS = ("qkv", "o", "gate_up", "down", "logits")
 AT = (
     [(4, 40), (4, 40, 3)]
     if INTERPRET
-    else [(1024, 420), (256, 484), (64, 1000), (16, 3500), (16, 2500, 4), (8, 2500, 8)]
+    else [(1024, 420), (256, 484), (64, 1000), (16, 3500), (16, 2500, 4), (8, 2500, 8), (1, 4000, 64)]
 )
 
 ONE_PART = [{"tile": 32}, {"tile": 128}, {"block": 128}, {"block": 32}, {"num_warps": 8}, {"num_stages": 3}]
@@ -56,7 +56,7 @@ ATTEND = [  # the first is how it is
     {"block": 64, "num_warps": 2},
     {"block": 64, "num_warps": 2, "num_stages": 2},
 ]
-ATTEND_DRAFTS = [{}, {"splits": 8}, {"splits": 16}, {"splits": 32}, {"block": 64}, {"num_warps": 2}, {"num_warps": 8}]
+ATTEND_DRAFTS = [{}, *({"splits": n} for n in (4, 8, 16, 32)), {"block": 64}, {"num_warps": 2}, {"num_warps": 8}]
 
 
 def shape(name: str):

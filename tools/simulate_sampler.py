@@ -127,6 +127,7 @@ def simulate(args) -> tuple[int, float, float]:
         prefill=lambda *_: [None],
         insert=lambda p, layers, prompts, copies: layers,
         together=slots.together,
+        logged=slots.logged,
     )
     began, tokens = time.perf_counter(), 0
     with mock.patch.multiple(sampler, device=stand_in, AHEAD=()):  # there is nothing to compile

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from rlvd_jax.qwen2.layers import rotate, swiglu
+from rlvd_jax.qwen2.layers import swiglu
 from rlvd_jax.sampling import hopper
 
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
+TILE = 64  # rows of one program of attention, at most: a query head of one of several tokens each
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = hopper.GROUP  # tokens of the vocabulary that share a maximum
 PROGRAMS = 128  # of a product of few rows, at most
@@ -171,8 +172,8 @@ def attend(
     num_stages: int = 3,
     interpret=False,
 ):
-    """`fresh` new tokens of every slot: rotate their queries and keys, of several before the kernel, append keys and
-    values, attend each to all up to itself.
+    """`fresh` new tokens of every slot: rotate their queries and keys, append keys and values, attend each to all up to
+    itself.
 
     qkv: [parts, slots * fresh, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation, a slot's
     tokens one after the other; bias: of qkv's columns; rope: cos and sin, [slots * fresh, head_dim / 2] float32;
@@ -186,21 +187,14 @@ def attend(
     slots, rows, group = position.size, qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
-    splits = splits or max(1, min(32, 512 // (slots * kv_heads)))
+    # Of several tokens as many share a program as the registers have room for; what programs share they read again.
+    tile = min(fresh, 2 ** ((TILE // group).bit_length() - 1))
+    programs = kv_heads * slots * pl.cdiv(fresh, tile)
+    splits = splits or max(1, min(32, (512 if fresh == 1 else 256) // programs))
     num_warps = num_warps or (1 if fresh == 1 else 4)  # one warp has no registers for the rows of several tokens
-    if fresh > 1:  # once, and not by each of many programs: they have more rows to prepare than keys to read
-        qkv = _rotated(qkv, bias, rope, heads + kv_heads)
-    flat = kv_heads, pages * page_size, head_dim
-    kernel = partial(
-        _attend_kernel,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        fresh=fresh,
-        block=block,
-        splits=splits,
-    )
+    shape, flat = keys.shape, (kv_heads, pages * page_size, head_dim)
+    keys, values = keys.reshape(flat), values.reshape(flat)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype)]
     else:
@@ -209,17 +203,28 @@ def attend(
             jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
             jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
         ]
-    n = len(out_shape)
-    *out, keys, values = pl.pallas_call(
-        kernel,
-        grid=(kv_heads, slots, splits),
-        out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
-        input_output_aliases={7: n, 8: n + 1},
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=interpret,
-        name="attend_pages",
-    )(position, position if room is None else room, table, *rope, qkv, bias, keys.reshape(flat), values.reshape(flat))
-    shape = kv_heads, pages, page_size, head_dim
+    how = {
+        "grid": (kv_heads, programs // kv_heads, splits),
+        "compiler_params": plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        "interpret": interpret,
+    }
+    if fresh == 1:
+        n = len(out_shape)
+        *out, keys, values = pl.pallas_call(
+            partial(_attend_kernel, **sizes, block=block, splits=splits),
+            out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
+            input_output_aliases={6: n, 7: n + 1},
+            name="attend_pages",
+            **how,
+        )(position, table, *rope, qkv, bias, keys, values)
+    else:
+        q, keys, values = _append(qkv, bias, rope, position, room, table, keys, values, sizes, fresh, interpret)
+        out = pl.pallas_call(
+            partial(_attend_several_kernel, **sizes, fresh=fresh, tile=tile, block=block, splits=splits),
+            out_shape=out_shape,
+            name="attend_pages_several",
+            **how,
+        )(position, table, q, keys, values)
     if splits > 1:
         part, most, total = out
         share = jnp.exp2(most - most.max(axis=0))
@@ -230,15 +235,8 @@ def attend(
     return out[0], keys.reshape(shape), values.reshape(shape)
 
 
-def _rotated(qkv, bias, rope, turned: int):
-    """The sum of `attend`'s qkv and bias, the first `turned` heads rotated: [1, rows, columns]."""
-    x = (qkv.sum(axis=0, dtype=jnp.float32).astype(bias.dtype) + bias).reshape(qkv.shape[1], -1, 2 * rope[0].shape[-1])
-    return jnp.concatenate([rotate(x[:, :turned], rope), x[:, turned:]], axis=1).reshape(1, *qkv.shape[1:])
-
-
 def _attend_kernel(
     position_ref,
-    room_ref,
     table_ref,
     cos_ref,
     sin_ref,
@@ -251,7 +249,6 @@ def _attend_kernel(
     kv_heads,
     head_dim,
     page_size,
-    fresh,
     block,
     splits,
 ):
@@ -259,65 +256,163 @@ def _attend_kernel(
     head, slot, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     group, half = heads // kv_heads, head_dim // 2
     position = position_ref[slot]
-    column, here = jnp.arange(head_dim), part == 0
+    row, column = jnp.arange(QUERIES), jnp.arange(head_dim)
+    turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
+    angle = jax.lax.rem(column, half)
+    sign = jnp.where(column < half, -1.0, 1.0)
+    cos, sin = plgpu.load(cos_ref.at[slot, angle]), plgpu.load(sin_ref.at[slot, angle]) * sign
+    mine, everywhere = (row < group)[:, None] & (column >= 0)[None, :], column >= 0
 
-    # A row for each query head of each new token, the first token's first. Of one new token the key and the value are
-    # vectors, of several the rows of a matrix; what is past them is masked.
-    row = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh * group)))
-    nth, query = jax.lax.div(row, group), row if fresh == 1 else jax.lax.rem(row, group)
-    mine = (row < fresh * group)[:, None] & (column >= 0)[None, :]
-    start = ((head * group + query) * head_dim)[:, None]
+    def biased(at, mask):
+        return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+
+    def rotated(at, turned_at, cos, sin, mask):
+        a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
+        return (a * cos + b * sin).astype(bias_ref.dtype)
+
+    start = ((head * group + row) * head_dim)[:, None]
     first = (heads + head) * head_dim
-    if fresh == 1:
-        new, token, across, is_new = 0, slot, column, column >= 0
-        turned = jax.lax.rem(column + half, head_dim)  # the other coordinate of each pair
-        angle = jax.lax.rem(column, half)
-        sign = jnp.where(column < half, -1.0, 1.0)
-        cos, sin = plgpu.load(cos_ref.at[slot, angle]), plgpu.load(sin_ref.at[slot, angle]) * sign
+    q = rotated(start + column[None, :], start + turned[None, :], cos[None, :], sin[None, :], mine)
+    new_k = rotated(first + column, first + turned, cos, sin, everywhere)
+    new_v = biased(first + kv_heads * head_dim + column, everywhere)
 
-        def biased(at, mask):
-            return _added(qkv_ref, slot, at, mask, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=mask, other=0.0)
+    # The first part appends the new token, and has it in its sums from the start.
+    here = part == 0
+    to = jnp.maximum(position, 0)
+    page = table_ref[slot, jax.lax.div(to, page_size)]
+    at = page * page_size + jax.lax.rem(to, page_size)
+    for ref, x in ((keys_ref, new_k), (values_ref, new_v)):
+        plgpu.store(ref.at[head, at, column], x.astype(ref.dtype), mask=everywhere & here & (position >= 0))
+    most = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * _scale(head_dim)
+    most = jnp.where(here, most, LEAST)
+    total = jnp.where(most > LEAST, 1.0, 0.0)
+    out = total[:, None] * new_v.astype(jnp.float32)[None, :]
 
-        def rotated(at, turned_at, cos, sin, mask):
-            a, b = (biased(x, mask).astype(jnp.float32) for x in (at, turned_at))
-            return (a * cos + b * sin).astype(bias_ref.dtype)
+    sums = _over_positions(
+        q, (most, total, out), keys_ref, values_ref, table_ref, slot, jnp.maximum(position, 0), page_size, block, splits
+    )
+    _put_sums(out_refs, sums, slot, head * group + row, row < group, head_dim, splits)
 
-        q = rotated(start + column[None, :], start + turned[None, :], cos[None, :], sin[None, :], mine)
-        new_k = rotated(first + column, first + turned, cos, sin, is_new)
-        new_v = biased(first + kv_heads * head_dim + column, is_new)
-    else:
-        new, token = jnp.arange(max(QUERIES, pl.next_power_of_2(fresh)))[:, None], (slot * fresh + nth)[:, None]
-        across = column[None, :]
-        is_new = (new < fresh) & (across >= 0) & here
-        q = plgpu.load(qkv_ref.at[0, token, start + across], mask=mine, other=0.0)  # [rows, head_dim]
-        new_k, new_v = (
-            plgpu.load(qkv_ref.at[0, slot * fresh + new, at + across], mask=is_new, other=0.0)
-            for at in (first, first + kv_heads * head_dim)
+
+def _append(qkv, bias, rope, position, room, table, keys, values, sizes: dict, fresh: int, interpret):
+    """Of several new tokens: (queries, rotated [rows, heads * head_dim], keys, values), these [kv_heads, positions of
+    all pages, head_dim] and updated in place. The others as for `attend`, which attends next: once for all programs,
+    which have more rows than one could make ready beside its keys."""
+    heads, kv_heads, head_dim = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
+    rows = qkv.shape[1]
+    return pl.pallas_call(
+        partial(_append_kernel, **sizes, fresh=fresh),
+        grid=(kv_heads, rows),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (keys, values)),
+        ],
+        input_output_aliases={7: 1, 8: 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="append_several",
+    )(position, room, table, *rope, qkv, bias, keys, values)
+
+
+def _append_kernel(
+    position_ref,
+    room_ref,
+    table_ref,
+    cos_ref,
+    sin_ref,
+    qkv_ref,
+    bias_ref,
+    _,
+    __,
+    q_ref,
+    keys_ref,
+    values_ref,
+    *,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size,
+    fresh,
+):
+    head, token = pl.program_id(0), pl.program_id(1)
+    slot, nth = jax.lax.div(token, fresh), jax.lax.rem(token, fresh)
+    group, half = heads // kv_heads, head_dim // 2
+    row, column = jnp.arange(pl.next_power_of_2(group + 2))[:, None], jnp.arange(head_dim)[None, :]
+    is_q, is_k, is_v = row < group, row == group, row == group + 1
+    there = (row < group + 2) & (column >= 0)
+    start = head_dim * jnp.where(is_q, head * group + row, jnp.where(is_k, heads, heads + kv_heads) + head)
+
+    def biased(column):
+        at = start + column
+        return _added(qkv_ref, token, at, there, bias_ref.dtype) + plgpu.load(bias_ref.at[at], mask=there, other=0.0)
+
+    angle = jax.lax.rem(column, half)
+    cos = plgpu.load(cos_ref.at[token, angle])
+    sin = plgpu.load(sin_ref.at[token, angle]) * jnp.where(column < half, -1.0, 1.0)
+    x, across = biased(column), biased(jax.lax.rem(column + half, head_dim))  # the other coordinate of each pair
+    turned = (x.astype(jnp.float32) * cos + across.astype(jnp.float32) * sin).astype(x.dtype)
+    plgpu.store(q_ref.at[token, start + column], turned, mask=there & is_q)
+
+    position = position_ref[slot]
+    to = jnp.maximum(position, 0) + nth
+    writes = (position >= 0) & ((nth == 0) | (nth < room_ref[slot]))
+    page = table_ref[slot, jnp.minimum(jax.lax.div(to, page_size), table_ref.shape[1] - 1)]
+    at = page * page_size + jax.lax.rem(to, page_size)
+    for ref, new, mask in ((keys_ref, turned, is_k), (values_ref, x, is_v)):
+        # What isn't written lies outside: step by step a masked store writes what was there.
+        plgpu.store(
+            ref.at[head, jnp.where(mask & writes, at, ref.shape[1]), column],
+            new.astype(ref.dtype),
+            mask=there & mask & writes,
         )
 
-    # The first part appends the new tokens, and has them in its sums from the start. Scores are kept as powers of 2.
-    scale = head_dim**-0.5 * math.log2(math.e)
-    to = jnp.maximum(position, 0) + new
-    page = plgpu.load(table_ref.at[slot, jnp.minimum(jax.lax.div(to, page_size), table_ref.shape[1] - 1)])
-    writes = here & (position >= 0) & ((new == 0) | (new < room_ref[slot]))
-    # What isn't written lies outside: step by step a masked store writes what was there, and pages that a slot hasn't
-    # got yet may have the number of one that it has.
-    at = jnp.where(writes, page * page_size + jax.lax.rem(to, page_size), keys_ref.shape[1])
-    for ref, x in ((keys_ref, new_k), (values_ref, new_v)):
-        plgpu.store(ref.at[head, at, across], x.astype(ref.dtype), mask=writes & is_new)
-    if fresh == 1:
-        most = jnp.sum(q.astype(jnp.float32) * new_k.astype(jnp.float32)[None, :], axis=1) * scale
-        most = jnp.where(here, most, LEAST)
-        total = jnp.where(most > LEAST, 1.0, 0.0)
-        out = total[:, None] * new_v.astype(jnp.float32)[None, :]
-    else:
-        score = plgpu.dot(q, new_k, trans_b=True) * scale  # [rows, new]
-        score = jnp.where(here & (new.reshape(1, -1) <= nth[:, None]), score, LEAST)
-        most = score.max(axis=1)
-        weight = jnp.where(score > LEAST, jnp.exp2(score - most[:, None]), 0.0)
-        total, out = weight.sum(axis=1), plgpu.dot(weight.astype(new_v.dtype), new_v)
 
-    blocks = pl.cdiv(jnp.maximum(position, 0), block)
+def _attend_several_kernel(
+    position_ref,
+    table_ref,
+    q_ref,
+    keys_ref,
+    values_ref,
+    *out_refs,
+    heads,
+    kv_heads,
+    head_dim,
+    page_size,
+    fresh,
+    tile,
+    block,
+    splits,
+):
+    head, part_of_slot = pl.program_id(0), pl.program_id(1)
+    tiles, group = pl.cdiv(fresh, tile), heads // kv_heads
+    slot, first = jax.lax.div(part_of_slot, tiles), jax.lax.rem(part_of_slot, tiles) * tile
+    row, column = jnp.arange(max(QUERIES, pl.next_power_of_2(tile * group))), jnp.arange(head_dim)
+    nth, query = first + jax.lax.div(row, group), head * group + jax.lax.rem(row, group)
+    token, mine = slot * fresh + nth, (row < tile * group) & (nth < fresh)
+    at = q_ref.at[token[:, None], (query * head_dim)[:, None] + column[None, :]]
+    q = plgpu.load(at, mask=mine[:, None] & (column >= 0)[None, :], other=0.0)  # [rows, head_dim]
+
+    # An idle slot attends to something, too, so that what comes out are numbers.
+    last = jnp.maximum(position_ref[slot], 0) + nth  # of each row
+    end = jnp.minimum(jnp.maximum(position_ref[slot], 0) + first + tile, table_ref.shape[1] * page_size)
+    # Where a part holds nothing that a row attends to, its sums are of no weight beside the others.
+    most, total = jnp.full(row.shape, LEAST, jnp.float32), jnp.zeros(row.shape, jnp.float32)
+    sums = most, total, jnp.zeros((row.size, head_dim), jnp.float32)
+    sums = _over_positions(q, sums, keys_ref, values_ref, table_ref, slot, end, page_size, block, splits, last)
+    _put_sums(out_refs, sums, token, query, mine, head_dim, splits)
+
+
+def _scale(head_dim: int) -> float:
+    """Of scores, which are kept as powers of 2."""
+    return head_dim**-0.5 * math.log2(math.e)
+
+
+def _over_positions(q, sums, keys_ref, values_ref, table_ref, slot, end, page_size, block, splits, last=None):
+    """`sums`, (largest score, sum of weights, weighted sum of values) of each row of q, with those of this program's
+    share of a slot's positions before `end`; last: [rows], where each row has fewer, the last of them."""
+    head, part = pl.program_id(0), pl.program_id(2)
+    column, scale = jnp.arange(q.shape[1]), _scale(q.shape[1])
+    blocks = pl.cdiv(end, block)
     each = pl.cdiv(blocks, splits)
     first_block = part * each
     count = jnp.clip(blocks - first_block, 0, each)
@@ -330,32 +425,40 @@ def _attend_kernel(
 
     def pages(i):
         index = positions(i)
-        there = (index >= 0) & (index < position)
+        there = (index >= 0) & (index < end)
         return plgpu.load(table_ref.at[slot, jax.lax.div(index, page_size)], mask=there, other=0)
 
     def body(i, carry):
         most, total, out, page = carry  # the page was asked for a block ago, so that keys and values can be at once
         index = positions(i)
-        filled = index < position
+        filled = index < end
         at = (page * page_size + jax.lax.rem(index, page_size))[:, None]
         k = plgpu.load(keys_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
         v = plgpu.load(values_ref.at[head, at, column[None, :]], mask=filled[:, None], other=0.0)
-        score = jnp.where(filled[None, :], plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [rows, block]
+        seen = filled[None, :] if last is None else filled[None, :] & (index[None, :] <= last[:, None])
+        score = jnp.where(seen, plgpu.dot(q, k, trans_b=True) * scale, LEAST)  # [rows, block]
         new_most = jnp.maximum(most, score.max(axis=1))
         shrink, weight = jnp.exp2(most - new_most), jnp.exp2(score - new_most[:, None])
         total = total * shrink + weight.sum(axis=1)
         out = out * shrink[:, None] + plgpu.dot(weight.astype(v.dtype), v)
         return new_most, total, out, pages(i + 1)
 
-    most, total, out, _ = jax.lax.fori_loop(0, count, body, (most, total, out, pages(0)))
-    to = start + column[None, :]
+    return jax.lax.fori_loop(0, count, body, (*sums, pages(0)))[:3]
+
+
+def _put_sums(out_refs, sums, token, head, mine, head_dim, splits):
+    """A program's part of attention: of each row, `mine` or none, what the token's query head has found."""
+    most, total, out = sums
+    to = (head * head_dim)[:, None] + jnp.arange(head_dim)[None, :]
+    wide = mine[:, None] & (to >= 0)
+    token_of = token if jnp.ndim(token) == 0 else token[:, None]
     if splits == 1:
-        plgpu.store(out_refs[0].at[token, to], (out / total[:, None]).astype(out_refs[0].dtype), mask=mine)
-    else:
-        plgpu.store(out_refs[0].at[part, token, to], out, mask=mine)
-        for ref, x in zip(out_refs[1:], (most, total), strict=True):
-            at = ref.at[part, slot * fresh + nth, head * group + query]
-            plgpu.store(at, x, mask=row < fresh * group)
+        plgpu.store(out_refs[0].at[token_of, to], (out / total[:, None]).astype(out_refs[0].dtype), mask=wide)
+        return
+    part = pl.program_id(2)
+    plgpu.store(out_refs[0].at[part, token_of, to], out, mask=wide)
+    for ref, x in zip(out_refs[1:], (most, total), strict=True):
+        plgpu.store(ref.at[part, token, head], x, mask=mine)
 
 
 # ---- residual stream -------------------------------------------------------------------------------

@@ -84,12 +84,12 @@ class Completion:
 
 def sizes(slots: int, paged: bool, drafts: int = 0) -> list[int]:
     """Numbers of slots that the last responses move to one after the other, largest first. Each costs a compilation,
-    and where rows of the cache have to move, a copy; 8 are worth it where more tokens are guessed of each than of 16.
-    """
+    and where rows of the cache have to move, a copy; fewer than 16 are worth it where more is guessed of each than of
+    twice as many."""
     if not paged:
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
     fewer = {16, 32, 64, 128, 256, 384, 512, 768, *range(1024, slots, 512)}
-    fewer |= {8} if drafts >= gpu.FEW // 16 else set()
+    fewer |= {n for n in (8, 4, 2, 1) if drafts >= gpu.FEW // (2 * n)}
     return [slots, *sorted((n for n in fewer if 8 * n <= 7 * slots), reverse=True)]
 
 
@@ -297,11 +297,12 @@ class _Run:
 
     def _tuned(self, what: str, n: int) -> bool:
         """Whether the compiler tries out on the devices which of a library's products to take, which it measures
-        rightly while nothing else runs there."""
+        rightly while nothing else runs there. It does so once for steps of as many rows."""
         if self.p.layout != "gpu" or what == "prefill":
             return self.p.layout == "gpu"
-        c, tensor, rows = self.p.config, self.p.tensor, n * (1 + self._guessed(n))
-        return gpu.products_by(rows, c.hidden_size, c.intermediate_size // tensor, tensor) != "many"
+        c, tensor, rows = self.p.config, self.p.tensor, {n: n * (1 + self._guessed(n)) for n in self.sizes}
+        by = gpu.products_by(rows[n], c.hidden_size, c.intermediate_size // tensor, tensor)
+        return by != "many" and not any(rows[larger] == rows[n] for larger in self.sizes if larger > n)
 
     def _pieces(self):
         """(request, some of its samples) small enough to spread over the device groups."""
@@ -316,8 +317,8 @@ class _Run:
         return jax.device_put(np.concatenate(per_group), self.by_slot)
 
     def rounds(self) -> Iterator[tuple[list[_Round], tuple[jax.Array, jax.Array]]]:
-        """Drive the devices; yield what each group drew, and tokens and log-probabilities [LOG, groups * slots], still
-        on the devices."""
+        """Drive the devices; yield what each group drew, and tokens and log-probabilities [tokens, groups * slots],
+        still on the devices."""
         self.ahead.finish([name for name in self.compiled if self._tuned(*name)])
         while True:
             self._refill()
@@ -334,7 +335,7 @@ class _Run:
             for d, (g, log_of) in enumerate(zip(groups, zip(*map(self._by_group, log), strict=True), strict=True)):
                 if g.moved is not None:
                     drawn[d] = [np.take(x, g.moved, axis=0) for x in drawn[d]]
-                slot, nth = np.nonzero(np.arange(LOG) < g.count[:, None])
+                slot, nth = np.nonzero(np.arange(log_of[0].shape[-1]) < g.count[:, None])
                 for x, new in zip(drawn[d], log_of, strict=True):
                     x[slot, g.before[slot] + nth] = new[slot, nth]
                 for slot in np.flatnonzero(g.done & (g.count > 0)):
@@ -350,8 +351,9 @@ class _Run:
                     )
 
     def _by_group(self, log: jax.Array) -> np.ndarray:
-        """[LOG, groups * slots] → [groups, slots, LOG], on the host."""
-        return np.asarray(log).T.reshape(len(self.groups), -1, LOG)
+        """[tokens, groups * slots] → [groups, slots, tokens], on the host."""
+        log = np.asarray(log)
+        return log.T.reshape(len(self.groups), -1, len(log))
 
     # ---- start responses -----------------------------------------------------------------------
 
@@ -488,9 +490,10 @@ class _Run:
 
     def _decode(self, moved: np.ndarray | None) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
         """Run the devices until some responses have ended, whose slots are free then. moved: by `_shrink`."""
+        fresh = 1 + self._guessed(self.slots)
         steps, span = LOG, self.length
         if self.paged:
-            grown = [g.grow(LOG) for g in self.groups]
+            grown = [g.grow(device.logged(fresh)) for g in self.groups]
             steps = min(n for n, _ in grown)
             if any(given_up for _, given_up in grown):
                 which = np.zeros((len(self.groups), self.slots), bool)
@@ -504,7 +507,8 @@ class _Run:
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
         wake = [self._wake(g) for g in self.groups]
         if len(self.groups) > 1:
-            steps, wake = self._in_step(steps, wake), [self.slots] * len(self.groups)
+            steps, wake = self._in_step(steps, wake, fresh), [self.slots] * len(self.groups)
+        drafts = fresh - 1 if fresh <= steps else 0
         rest = (
             self._put([g.table for g in self.groups]),
             self.ends,
@@ -513,8 +517,7 @@ class _Run:
         )
         weights, gain = self.s.weights, None
         self.ahead.wait(("decode", self.slots))
-        drafts = self._guessed(self.slots)
-        if 0 < drafts < steps:
+        if drafts:
             if self.seen is None:
                 self.seen = self._put(self._text())
             self.layers, self.state, self.seen, *log, gain = device.decode_drafts(
@@ -551,13 +554,14 @@ class _Run:
         """Tokens that are guessed of each in a step of so many slots: of fewer more, as FEW rows take no longer."""
         return max(0, min(self.drafts, gpu.FEW // slots - 1))
 
-    def _in_step(self, steps: int, wake: list[int]) -> int:
-        """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.
-        All take as many: did each come back when its own are done, a round would last as long as the slowest's."""
+    def _in_step(self, steps: int, wake: list[int], fresh: int) -> int:
+        """Tokens of each slot, at most `steps`, after which as many slots should be done as `wake` has it, on average
+        over groups; a step takes `fresh`. All take as many: did each come back when its own are done, a round would
+        last as long as the slowest's."""
         if not self.pace:
             return steps
         wanted = np.mean([w - (~g.live).sum() for w, g in zip(wake, self.groups, strict=True)])
-        each = device.together(self.p, self.slots)
+        each = min(steps, fresh * device.together(self.p, self.slots * fresh))
         return max(each, int(min(steps, wanted / self.pace)) // each * each)
 
     def _text(self) -> np.ndarray:

@@ -27,6 +27,12 @@ CONTEXT = 8  # tokens, at most, by which a place in a response is found that is 
 TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
 
 
+def logged(fresh: int) -> int:
+    """Tokens of each slot that the devices write down, at most, where a step takes `fresh`: of many more, or the host
+    would visit after every other step."""
+    return LOG * max(1, fresh // 8)
+
+
 def together(p: Program, slots: int) -> int:
     """Steps that are taken without a look at whether enough slots are done. On a GPU it is the host that looks, and the
     device waits, which matters where steps are short; where they are long, slots that are done cost more. A divisor of
@@ -291,10 +297,11 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
 
     Each draw's key is that of its position, so what is drawn after a right guess is what would have been drawn anyway;
     what is drawn after a wrong one is dropped. seen: see `_look_up`, whatever it holds of others changes no result;
-    steps: of tokens, more than `drafts`, at most LOG. → (cache, slots, seen, tokens and log-probabilities [LOG, slots],
-    each slot's from 0 on, [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
+    steps: of tokens, more than `drafts`, at most `logged`. → (cache, slots, seen, tokens and log-probabilities [logged,
+    slots], each slot's from 0 on, [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
     """
     chip, fresh = p.mesh.devices.flat[0], drafts + 1
+    most = logged(fresh)
 
     def run(weights, layers, slots: Slots, seen, table, ends, wake, steps):
         n = slots.token.size
@@ -324,7 +331,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             counts = jnp.cumprod(holds, axis=1, dtype=jnp.int32).astype(bool) & (nth < room[:, None]) & live[:, None]
             more = counts.sum(axis=1, dtype=jnp.int32)
             produced, position = s.produced + more, s.position + more
-            to = jnp.where(counts, count[:, None] + nth, LOG)
+            to = jnp.where(counts, count[:, None] + nth, most)
             new = Slots(
                 token=jnp.where(live, token[slot, jnp.maximum(more - 1, 0)], s.token),
                 position=position,
@@ -342,7 +349,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             gain += jnp.stack([room_left.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
             return layers, new, seen, count + more, tokens, logprobs, gain
 
-        log = jnp.zeros((LOG, n), jnp.int32), jnp.zeros((LOG, n), jnp.float32)
+        log = jnp.zeros((most, n), jnp.int32), jnp.zeros((most, n), jnp.float32)
         start = layers, slots, seen, jnp.zeros(n, jnp.int32), *log, jnp.zeros(3, jnp.int32)
         layers, slots, seen, _, *log, gain = jax.lax.while_loop(going, _repeated(body, together(p, n * fresh)), start)
         return layers, slots, seen, *log, gain[None]
