@@ -737,11 +737,12 @@ def test_drafts_make_no_difference(model, requests, whole, monkeypatch):
 
 
 def test_what_is_guessed():
-    """What followed the longest stretch that was like the end, or the last of several."""
+    """What followed where most was like the end, or the last of several."""
     texts = {
         (1, 2, 3, 4, 5, 2, 3, 6, 7, 1, 2, 3): (4, 5, 2),  # three alike, though two came later
         (9, 2, 3, 4, 5, 2, 3, 6, 7, 1, 2, 3): (6, 7, 1),
         (8, 3, 4, 5, 3): (4, 5, 3),
+        (0, 1, 2, 5, 3, 4, 9, 9, 6, 3, 8, 0, 1, 2, 6, 3): (4, 9, 9),  # four alike, not in a row, though two came later
         (8, 1, 2, 1, 2): (1, 2, 1),  # goes on as it did
         (5, 5, 5, 5): (5, 5, 5),
         (1, 2, 3, 4): (1, 2, 3),  # nothing is alike

@@ -23,7 +23,7 @@ from rlvd_jax.sampling.filters import draw
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
 PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
-CONTEXT = 8  # tokens, at most, by which a place in a response is found that is like its end
+CONTEXT = 12  # tokens by which a place in a response is found that is like its end
 TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
 
 
@@ -273,19 +273,19 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
 
 
 def _look_up(seen, position, count: int):
-    """What may follow the newest token: what followed where most of the tokens before, up to CONTEXT, were those before
-    the newest, and of such places the last.
+    """What may follow the newest token: what followed where that stood before and most of the CONTEXT tokens that end
+    there were those that end here, and of such places the last. They need not be all alike: text that repeats itself
+    often does so but for a number.
 
     seen: [slots, positions] int32, tokens by position, -1 where not known; position: of the newest. → [slots, count]
     int32. A stretch that ends at the newest token is taken to begin again.
     """
     slot, at = jnp.arange(position.size), jnp.arange(seen.shape[1])
-    same, length = at < position[:, None], jnp.zeros(seen.shape, jnp.int32)
+    newest, alike = (at < position[:, None]) & (seen == seen[slot, position][:, None]), 0
     for back in range(CONTEXT):
         before = seen[slot, jnp.maximum(position - back, 0)]
-        same &= jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
-        length += same
-    best = jnp.where(length > 0, length * at.size + at, -1).max(axis=1)
+        alike += jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
+    best = jnp.where(newest, alike * at.size + at, -1).max(axis=1)
     first = jnp.where(best < 0, 0, jax.lax.rem(best, at.size) + 1)  # 0: never
     ahead = jnp.arange(count) % jnp.maximum(position + 1 - first, 1)[:, None]
     return jnp.maximum(seen[slot[:, None], first[:, None] + ahead], 0)
