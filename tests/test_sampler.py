@@ -743,6 +743,7 @@ def test_what_is_guessed():
         (9, 2, 3, 4, 5, 2, 3, 6, 7, 1, 2, 3): (6, 7, 1),
         (8, 3, 4, 5, 3): (4, 5, 3),
         (0, 1, 2, 5, 3, 4, 9, 9, 6, 3, 8, 0, 1, 2, 6, 3): (4, 9, 9),  # four alike, not in a row, though two came later
+        (0, 2, 8, 3, 5, 6, 1, 2, 7, 3, 9, 1, 2, 8, 3): (5, 6, 1),  # three in a row, where later three are not
         (8, 1, 2, 1, 2): (1, 2, 1),  # goes on as it did
         (5, 5, 5, 5): (5, 5, 5),
         (1, 2, 3, 4): (1, 2, 3),  # nothing is alike

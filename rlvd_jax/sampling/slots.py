@@ -24,6 +24,7 @@ from rlvd_jax.sampling.filters import draw
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them
 PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
 CONTEXT = 12  # tokens by which a place in a response is found that is like its end
+STRETCH = 4  # of these the last, which count twice where all from them on are alike
 TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
 
 
@@ -274,17 +275,20 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
 
 def _look_up(seen, position, count: int):
     """What may follow the newest token: what followed where that stood before and most of the CONTEXT tokens that end
-    there were those that end here, and of such places the last. They need not be all alike: text that repeats itself
-    often does so but for a number.
+    there were those that end here (see STRETCH), and of such places the last. They need not be all alike: text that
+    repeats itself often does so but for a number.
 
     seen: [slots, positions] int32, tokens by position, -1 where not known; position: of the newest. → [slots, count]
     int32. A stretch that ends at the newest token is taken to begin again.
     """
     slot, at = jnp.arange(position.size), jnp.arange(seen.shape[1])
-    newest, alike = (at < position[:, None]) & (seen == seen[slot, position][:, None]), 0
+    newest = stretch = (at < position[:, None]) & (seen == seen[slot, position][:, None])
+    alike = jnp.zeros(seen.shape, jnp.int32)
     for back in range(CONTEXT):
         before = seen[slot, jnp.maximum(position - back, 0)]
-        alike += jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
+        same = jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
+        stretch &= same
+        alike += same.astype(jnp.int32) + (stretch if back < STRETCH else 0)
     best = jnp.where(newest, alike * at.size + at, -1).max(axis=1)
     first = jnp.where(best < 0, 0, jax.lax.rem(best, at.size) + 1)  # 0: never
     ahead = jnp.arange(count) % jnp.maximum(position + 1 - first, 1)[:, None]
