@@ -446,8 +446,18 @@ def test_programs_are_compiled_before_they_are_needed(model, requests, whole, mo
     monkeypatch.setattr(sampler_module, "prefill_length", lambda longest, layout: 16 if longest <= 16 else 32)
     monkeypatch.setattr(Sampler, "common", lambda self, longest: max(longest, 32))
     monkeypatch.setattr(sampler_module._Run, "_tuned", lambda self, what, n: (what, n) != ("decode", 25))
-    asked = []
-    monkeypatch.setattr(sampler_module, "Ahead", lambda programs: asked.append(list(programs)) or Ahead(programs))
+    asked, before = [], []
+
+    class Watched(Ahead):
+        def __init__(self, programs):
+            asked.append(list(programs))
+            super().__init__(programs)
+
+        def finish(self, names):
+            before.append(names)
+            super().finish(names)
+
+    monkeypatch.setattr(sampler_module, "Ahead", Watched)
     sampler = paged(model, slots=25)  # a number that no other test has a program for
     assert len(requests[0].prompt) < 16 < len(requests[1].prompt)
     seen = compilations()
@@ -457,7 +467,9 @@ def test_programs_are_compiled_before_they_are_needed(model, requests, whole, mo
     finally:
         jax.monitoring.clear_event_listeners()
     assert_same(ours, {key: whole[key] for key in ours})
-    assert asked == [[("prefill", 16), ("decode", 16), ("prefill", 32), ("decode", 25)], []]
+    programs = [("prefill", 16), ("decode", 16), ("prefill", 32), ("decode", 25)]
+    assert asked == [programs, []]
+    assert before == [programs[:3], [("prefill", 32), ("prefill", 16), *programs[1::2]]]
     ahead = [name for name, thread in seen if thread == "compiler"]
     tuned = [name for name, _ in seen][: [thread for _, thread in seen].index("sampler")]
     assert sorted(set(tuned)) == ["jit(decode)", "jit(empty)", "jit(insert)", "jit(prefill)"]
@@ -675,15 +687,15 @@ def test_steps_of_a_round_of_several_groups(sampler):
     run.groups = [Group(Plan(512, 128, 0), 128, 1) for _ in range(2)]
     for g, live in zip(run.groups, (512, 500), strict=True):
         g.occupant[:live] = 0
-    assert run._in_step(128, [16, 40], 1) == 128, "nothing is known yet"
+    assert run._in_step(128, [16, 40], 0) == 128, "nothing is known yet"
     run.pace = 0.25  # 22 are wanted of each: 16 of one, 28 of the other
-    assert run._in_step(128, [16, 40], 1) == 88
-    assert run._in_step(64, [16, 40], 1) == 64
+    assert run._in_step(128, [16, 40], 0) == 88
+    assert run._in_step(64, [16, 40], 0) == 64
     run.pace = 10.0
-    assert run._in_step(128, [16, 40], 1) == 4, "as many as are taken without a look"
-    run.slots = 1
-    assert run._in_step(1024, [1, 1], 64) == 512, "eight steps"
-    assert run._in_step(32, [1, 1], 64) == 32, "no more than pages are there for"
+    assert run._in_step(128, [16, 40], 0) == 4, "as many as are taken without a look"
+    run.slots = 32
+    assert run._in_step(64, [32, 32], 1) == 8
+    assert run._in_step(5, [32, 32], 1) == 5, "no more than pages are there for"
 
 
 @pytest.mark.parametrize("layout", ["gpu", "interpret"])
@@ -691,7 +703,7 @@ def test_steps_taken_together_end_where_pages_do(sampler, layout):
     """Past the last step that pages are there for, none may be taken."""
     together = [device.together(sampler.program._replace(layout=layout), n) for n in (1, 16, 256, 512, 1024, 4096)]
     assert together == [8, 8, 8, 4, 2, 1]
-    assert all(device.LOG % n == 0 and cache.page_size(layout) % n == 0 for n in together)
+    assert all(device.LOG % n == device.TURNS % n == 0 and cache.page_size(layout) % n == 0 for n in together)
     assert device.together(sampler.program._replace(layout="plain"), 16) == 1, "a host that is the device looks at once"
 
 
@@ -773,8 +785,7 @@ def test_drafts_save_steps(requests):
 def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     """What was drawn before the last responses moved to few slots, some of it in slots that others had before; of fewer
     slots more is guessed of each, and more fetched at once."""
-    for module in (device, sampler_module):
-        monkeypatch.setattr(module, "LOG", 16)
+    monkeypatch.setattr(device, "TURNS", 8)
     monkeypatch.setattr(sampler_module, "TAIL", 0)
     monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
     known, call = [], device.decode_drafts
@@ -805,8 +816,7 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
 
 
 def test_drafts_that_never_hold_are_given_up(model, requests, whole, monkeypatch):
-    monkeypatch.setattr(device, "LOG", 16)
-    monkeypatch.setattr(sampler_module, "LOG", 16)
+    monkeypatch.setattr(device, "TURNS", 8)
     taken = []
     for name in ("decode", "decode_drafts"):
         call = getattr(device, name)

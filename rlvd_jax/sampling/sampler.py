@@ -253,9 +253,13 @@ class _Run:
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
-        programs, self.compiled = self._programs(width), sampler.compiled.setdefault(plan, set())
+        programs, first = self._programs(width), plan not in sampler.compiled
+        self.compiled = sampler.compiled.setdefault(plan, set())
         self.ahead = Ahead({name: lower for name, lower in programs.items() if name not in self.compiled})
         self.compiled.update(programs)
+        # A GPU is slow while programs are compiled for it, so what an earlier call has left is waited for.
+        left = not first and self.p.layout != "tpu"
+        self.before = [name for name in programs if left or self._tuned(*name)]
 
     def _programs(self, width: int) -> dict[tuple[str, int], Callable]:
         """What lowers the programs that take long and that this call will need, those needed first first, and then
@@ -319,7 +323,7 @@ class _Run:
     def rounds(self) -> Iterator[tuple[list[_Round], tuple[jax.Array, jax.Array]]]:
         """Drive the devices; yield what each group drew, and tokens and log-probabilities [tokens, groups * slots],
         still on the devices."""
-        self.ahead.finish([name for name in self.compiled if self._tuned(*name)])
+        self.ahead.finish(self.before)
         while True:
             self._refill()
             if not any(g.live.any() for g in self.groups):
@@ -490,10 +494,9 @@ class _Run:
 
     def _decode(self, moved: np.ndarray | None) -> tuple[list[_Round], tuple[jax.Array, jax.Array]]:
         """Run the devices until some responses have ended, whose slots are free then. moved: by `_shrink`."""
-        fresh = 1 + self._guessed(self.slots)
-        steps, span = LOG, self.length
+        drafts, steps, span = self._guessed(self.slots), LOG, self.length
         if self.paged:
-            grown = [g.grow(device.logged(fresh)) for g in self.groups]
+            grown = [g.grow(device.logged(1 + drafts)) for g in self.groups]
             steps = min(n for n, _ in grown)
             if any(given_up for _, given_up in grown):
                 which = np.zeros((len(self.groups), self.slots), bool)
@@ -501,14 +504,15 @@ class _Run:
                     which[d, given_up] = True
                     self.counts["given_up"] += len(given_up)
                 self.state = device.stop(self.p, self.state, self._put(which))
+            drafts = drafts if drafts < steps else 0
+            steps //= 1 + drafts
         else:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
             span = min(self.length, bucket(furthest + 32, 64))
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
         wake = [self._wake(g) for g in self.groups]
         if len(self.groups) > 1:
-            steps, wake = self._in_step(steps, wake, fresh), [self.slots] * len(self.groups)
-        drafts = fresh - 1 if fresh <= steps else 0
+            steps, wake = self._in_step(steps, wake, drafts), [self.slots] * len(self.groups)
         rest = (
             self._put([g.table for g in self.groups]),
             self.ends,
@@ -538,12 +542,12 @@ class _Run:
                 g.end(slot)
                 ended += 1
         taken = int(max(r.count.max() for r in rounds))
-        self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if gain is not None:
             taken, of_slots, drawn = np.asarray(gain).T
             taken = int(taken.max())
             if drawn.sum() < LEAST_GAIN * of_slots.sum():
                 self.drafts = 0
+        self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if self.drafts:
             self.past.append((rounds, log[0]))
         self.counts["steps"] += taken
@@ -554,14 +558,13 @@ class _Run:
         """Tokens that are guessed of each in a step of so many slots: of fewer more, as FEW rows take no longer."""
         return max(0, min(self.drafts, gpu.FEW // slots - 1))
 
-    def _in_step(self, steps: int, wake: list[int], fresh: int) -> int:
-        """Tokens of each slot, at most `steps`, after which as many slots should be done as `wake` has it, on average
-        over groups; a step takes `fresh`. All take as many: did each come back when its own are done, a round would
-        last as long as the slowest's."""
+    def _in_step(self, steps: int, wake: list[int], drafts: int) -> int:
+        """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.
+        All take as many: did each come back when its own are done, a round would last as long as the slowest's."""
         if not self.pace:
             return steps
         wanted = np.mean([w - (~g.live).sum() for w, g in zip(wake, self.groups, strict=True)])
-        each = min(steps, fresh * device.together(self.p, self.slots * fresh))
+        each = min(steps, device.together(self.p, self.slots * (1 + drafts)))
         return max(each, int(min(steps, wanted / self.pace)) // each * each)
 
     def _text(self) -> np.ndarray:

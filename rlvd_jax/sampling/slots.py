@@ -21,7 +21,8 @@ from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling.filters import draw
 
-LOG = 128  # tokens of each slot that the devices write down before the host fetches them
+LOG = 128  # tokens of each slot that the devices write down before the host fetches them, where a step takes one
+TURNS = 64  # steps before the host fetches what they wrote down, where a step takes several
 PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
 CONTEXT = 12  # tokens by which a place in a response is found that is like its end
 STRETCH = 4  # of these the last, which count twice where all from them on are alike
@@ -29,15 +30,14 @@ TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads
 
 
 def logged(fresh: int) -> int:
-    """Tokens of each slot that the devices write down, at most, where a step takes `fresh`: of many more, or the host
-    would visit after every other step."""
-    return LOG * max(1, fresh // 8)
+    """Tokens of each slot that the devices write down, at most, where a step takes `fresh`."""
+    return LOG if fresh == 1 else TURNS * fresh
 
 
 def together(p: Program, slots: int) -> int:
     """Steps that are taken without a look at whether enough slots are done. On a GPU it is the host that looks, and the
     device waits, which matters where steps are short; where they are long, slots that are done cost more. A divisor of
-    LOG and of a page's positions, so of the steps that pages are there for (`books.Group.grow`)."""
+    LOG, TURNS and a page's positions, so of the steps of one token that pages are there for (`books.Group.grow`)."""
     return 2 ** min(3, max(1, TOGETHER // slots).bit_length() - 1) if p.layout in ("gpu", "interpret") else 1
 
 
@@ -301,8 +301,8 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
 
     Each draw's key is that of its position, so what is drawn after a right guess is what would have been drawn anyway;
     what is drawn after a wrong one is dropped. seen: see `_look_up`, whatever it holds of others changes no result;
-    steps: of tokens, more than `drafts`, at most `logged`. → (cache, slots, seen, tokens and log-probabilities [logged,
-    slots], each slot's from 0 on, [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
+    steps: at most TURNS. → (cache, slots, seen, tokens and log-probabilities [logged, slots], each slot's from 0 on,
+    [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
     """
     chip, fresh = p.mesh.devices.flat[0], drafts + 1
     most = logged(fresh)
@@ -312,13 +312,13 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
         slot, nth = jnp.arange(n), jnp.arange(fresh, dtype=jnp.int32)
 
         def going(carry):
-            _, slots, _, count, *_ = carry
-            return (count.max() + fresh <= steps) & (slots.done.sum() < wake[0])
+            _, slots, *_, gain = carry
+            return (gain[0] < steps) & (slots.done.sum() < wake[0])
 
         def body(carry):
             layers, s, seen, count, tokens, logprobs, gain = carry
-            room_left = count.max() + fresh <= steps
-            live = ~s.done & room_left
+            goes_on = gain[0] < steps
+            live = ~s.done & goes_on
             seen = seen.at[slot, s.position].set(s.token)
             guess = _look_up(seen, s.position, drafts)
             room = jnp.clip(s.limit - s.produced, 1, fresh)
@@ -350,7 +350,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             tokens, logprobs = (
                 log.at[to, slot[:, None]].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob))
             )
-            gain += jnp.stack([room_left.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
+            gain += jnp.stack([goes_on.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
             return layers, new, seen, count + more, tokens, logprobs, gain
 
         log = jnp.zeros((most, n), jnp.int32), jnp.zeros((most, n), jnp.float32)
