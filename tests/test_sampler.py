@@ -788,11 +788,13 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     monkeypatch.setattr(device, "TURNS", 8)
     monkeypatch.setattr(sampler_module, "TAIL", 0)
     monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
-    known, call = [], device.decode_drafts
+    known, taken, call = [], [], device.decode_drafts
 
     def watch(p, drafts, weights, layers, slots, seen, *rest):
         known.append((drafts, np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
-        return call(p, drafts, weights, layers, slots, seen, *rest)
+        *out, gain = call(p, drafts, weights, layers, slots, seen, *rest)
+        taken.append((int(gain[0, 0]), len(out[-1])))
+        return *out, gain
 
     monkeypatch.setattr(device, "decode_drafts", watch)
     requests = requests[:4]
@@ -807,6 +809,7 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     }
     assert_same(ours, expected)
     assert {(len(seen), drafts) for drafts, *_, seen in known} == {(6, 9), (4, 15), (2, 31), (1, 63)}
+    assert max(taken) == (8, 8 * 64) and max(n for n, _ in taken) == 8
     texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
     _, position, done, seen = next(x for x in known if len(x[-1]) == 4)
     assert (~done).sum() > 2 and len(seen) == 4 and position[~done].max() > 20
