@@ -9,6 +9,8 @@ if importlib.util.find_spec(
     "libtpu"
 ):  # it is here to compile with; left alone JAX would look for a TPU in every process
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not os.path.exists("/dev/nvidiactl"):  # programs of a CPU, which run once or twice: compiled with less care, sooner
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
