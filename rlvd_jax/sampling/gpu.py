@@ -194,7 +194,6 @@ def attend(
     num_warps = num_warps or (1 if fresh == 1 else 4)  # one warp has no registers for the rows of several tokens
     shape, flat = keys.shape, (kv_heads, pages * page_size, head_dim)
     keys, values = keys.reshape(flat), values.reshape(flat)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page_size": page_size}
     if splits == 1:
         out_shape = [jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype)]
     else:
@@ -211,16 +210,18 @@ def attend(
     if fresh == 1:
         n = len(out_shape)
         *out, keys, values = pl.pallas_call(
-            partial(_attend_kernel, **sizes, block=block, splits=splits),
+            partial(_attend_kernel, page_size=page_size, block=block, splits=splits),
             out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
             input_output_aliases={6: n, 7: n + 1},
             name="attend_pages",
             **how,
         )(position, table, *rope, qkv, bias, keys, values)
     else:
-        q, keys, values = _append(qkv, bias, rope, position, room, table, keys, values, sizes, fresh, interpret)
+        appending = partial(_append, page_size=page_size, fresh=fresh, interpret=interpret)
+        q, keys, values = appending(qkv, bias, rope, position, room, table, keys, values)
+        several = {"page_size": page_size, "fresh": fresh, "tile": tile, "block": block, "splits": splits}
         out = pl.pallas_call(
-            partial(_attend_several_kernel, **sizes, fresh=fresh, tile=tile, block=block, splits=splits),
+            partial(_attend_several_kernel, **several),
             out_shape=out_shape,
             name="attend_pages_several",
             **how,
@@ -245,15 +246,13 @@ def _attend_kernel(
     _,
     __,
     *out_refs,
-    heads,
-    kv_heads,
-    head_dim,
     page_size,
     block,
     splits,
 ):
     *out_refs, keys_ref, values_ref = out_refs
     head, slot, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    heads, kv_heads, head_dim = _sizes(bias_ref, keys_ref)
     group, half = heads // kv_heads, head_dim // 2
     position = position_ref[slot]
     row, column = jnp.arange(QUERIES), jnp.arange(head_dim)
@@ -294,14 +293,14 @@ def _attend_kernel(
     _put_sums(out_refs, sums, slot, head * group + row, row < group, head_dim, splits)
 
 
-def _append(qkv, bias, rope, position, room, table, keys, values, sizes: dict, fresh: int, interpret):
+def _append(qkv, bias, rope, position, room, table, keys, values, *, page_size: int, fresh: int, interpret):
     """Of several new tokens: (queries, rotated [rows, heads * head_dim], keys, values), these [kv_heads, positions of
     all pages, head_dim] and updated in place. The others as for `attend`, which attends next: once for all programs,
     which have more rows than one could make ready beside its keys."""
-    heads, kv_heads, head_dim = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
+    heads, kv_heads, head_dim = _sizes(bias, keys)
     rows = qkv.shape[1]
     return pl.pallas_call(
-        partial(_append_kernel, **sizes, fresh=fresh),
+        partial(_append_kernel, page_size=page_size, fresh=fresh),
         grid=(kv_heads, rows),
         out_shape=[
             jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype),
@@ -328,12 +327,10 @@ def _append_kernel(
     keys_ref,
     values_ref,
     *,
-    heads,
-    kv_heads,
-    head_dim,
     page_size,
     fresh,
 ):
+    heads, kv_heads, head_dim = _sizes(bias_ref, keys_ref)
     head, token = pl.program_id(0), pl.program_id(1)
     slot, nth = jax.lax.div(token, fresh), jax.lax.rem(token, fresh)
     group, half = heads // kv_heads, head_dim // 2
@@ -374,17 +371,15 @@ def _attend_several_kernel(
     keys_ref,
     values_ref,
     *out_refs,
-    heads,
-    kv_heads,
-    head_dim,
     page_size,
     fresh,
     tile,
     block,
     splits,
 ):
+    kv_heads, _, head_dim = keys_ref.shape
     head, part_of_slot = pl.program_id(0), pl.program_id(1)
-    tiles, group = pl.cdiv(fresh, tile), heads // kv_heads
+    tiles, group = pl.cdiv(fresh, tile), q_ref.shape[1] // (head_dim * kv_heads)
     slot, first = jax.lax.div(part_of_slot, tiles), jax.lax.rem(part_of_slot, tiles) * tile
     row, column = jnp.arange(max(QUERIES, pl.next_power_of_2(tile * group))), jnp.arange(head_dim)
     nth, query = first + jax.lax.div(row, group), head * group + jax.lax.rem(row, group)
@@ -400,6 +395,12 @@ def _attend_several_kernel(
     sums = most, total, jnp.zeros((row.size, head_dim), jnp.float32)
     sums = _over_positions(q, sums, keys_ref, values_ref, table_ref, slot, end, page_size, block, splits, last)
     _put_sums(out_refs, sums, token, query, mine, head_dim, splits)
+
+
+def _sizes(bias, keys) -> tuple[int, int, int]:
+    """(query heads, key heads, head_dim) by the shapes of qkv's bias and of keys [kv_heads, positions, head_dim]."""
+    kv_heads, _, head_dim = keys.shape
+    return bias.size // head_dim - 2 * kv_heads, kv_heads, head_dim
 
 
 def _scale(head_dim: int) -> float:
