@@ -116,7 +116,7 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits, fr
 def test_adding_and_norm():
     x, weight = normal(5, 96, dtype=jnp.bfloat16), normal(96, seed=1, dtype=jnp.bfloat16)
     for y in (normal(1, 5, 96, seed=2, dtype=jnp.bfloat16), normal(4, 5, 96, seed=2)):
-        total, norm = gpu.add_norm(x, y, weight, 1e-6, interpret=INTERPRET)
+        total, norm = gpu.add_norm(x, y, weight, eps=1e-6, interpret=INTERPRET)
         expected = x + y.astype(jnp.float32).sum(axis=0).astype(x.dtype)
         np.testing.assert_array_equal(np.float32(total), np.float32(expected))
         np.testing.assert_allclose(np.float32(norm), np.float32(rms_norm(expected, weight, 1e-6)), rtol=0.01)

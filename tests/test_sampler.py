@@ -363,6 +363,10 @@ def test_the_last_responses_move_to_fewer_slots(sampler, requests, whole, monkey
     assert_cut(run(sampler, limited), whole, NEVER, limits.get)
     assert sizes[0] == 64
     assert sizes[-1] == 16
+    sizes.clear()
+    monkeypatch.setattr(Ahead, "ready", lambda self, name: name != ("decode", 16))  # still being compiled
+    assert_cut(run(sampler, limited), whole, NEVER, limits.get)
+    assert set(sizes) == {64}
 
 
 def test_slots_that_stay_idle_for_want_of_pages_are_given_up(model, requests, whole, monkeypatch):
@@ -481,14 +485,14 @@ def test_what_is_tuned(sampler, monkeypatch):
     """Prefills, and of the steps that a library multiplies in one of those with as many rows."""
     config = dataclasses.replace(sampler.config, hidden_size=1536, intermediate_size=8960)
     run = SimpleNamespace(p=sampler.program._replace(config=config, layout="gpu"), drafts=63)
-    run.sizes = sampler_module.sizes(256, paged=True, drafts=63)
+    run.sizes = sampler_module.sizes(256, "gpu", drafts=63)
     run._guessed = functools.partial(sampler_module._Run._guessed, run)
     for hopper, expected in ((True, [64]), (False, [256, 128, 64])):
         monkeypatch.setattr(gpu.hopper, "here", lambda hopper=hopper: hopper)
         assert [n for n in run.sizes if sampler_module._Run._tuned(run, "decode", n)] == expected
         assert sampler_module._Run._tuned(run, "prefill", 128)
     assert run.sizes == [256, 128, 64, 32, 16, 8, 4, 2, 1]
-    assert sampler_module.sizes(256, paged=True, drafts=7)[-2:] == [16, 8]
+    assert sampler_module.sizes(256, "gpu", drafts=7)[-2:] == [16, 8]
     run.p = run.p._replace(layout="tpu")
     assert not sampler_module._Run._tuned(run, "prefill", 128)
 
@@ -518,6 +522,8 @@ def test_what_is_compiled_ahead(monkeypatch):
 
     ahead = Ahead({"two": lambda: [first, wrong], "third": lambda: [third], "last": last, "never": lambda: 1 // 0})
     assert first.begun.wait(60) and lowering.wait(60)
+    ready = [name for name in ("two", "third", "last", "never", "of no one's") if ahead.ready(name)]
+    assert ready == ["of no one's"]
     ahead.wait("never")  # has not begun: the caller does it
     ahead.wait("of no one's")
     assert made == []
@@ -525,9 +531,10 @@ def test_what_is_compiled_ahead(monkeypatch):
         event.set()
     with pytest.raises(ZeroDivisionError):
         ahead.wait("two")
+    assert third.begun.wait(60) and not ahead.ready("third")
+    assert ahead._lowering["last"].exception(60) and ahead.ready("last") and ahead.ready("two")
     with pytest.raises(KeyError, match="primitive"):
         ahead.wait("last")
-    assert third.begun.wait(60)
     third.go_on.set()
     ahead.wait("third")
     assert made == ["first", "wrong", "third"] and ahead.close() == set()

@@ -280,7 +280,7 @@ class Norm(Case):
 
         def calls(fixed, x, _):  # one after the other, as in a step
             for _ in range(8):
-                x, _ = gpu.add_norm(x, *fixed, 1e-6, num_warps=way["num_warps"], interpret=INTERPRET)
+                x, _ = gpu.add_norm(x, *fixed, eps=1e-6, num_warps=way["num_warps"], interpret=INTERPRET)
             return (), [x]
 
         fixed = normal(1, way["parts"], self.rows, hidden).astype(dtype), normal(2, hidden)

@@ -51,6 +51,13 @@ class Ahead:
             if not compiling.cancel():
                 compiling.result()
 
+    def ready(self, name: Hashable) -> bool:
+        """Whether `wait` would return at once, or raise, as nothing is left to compile."""
+        lowering = self._lowering.get(name)
+        if lowering is None:
+            return True
+        return lowering.done() and (lowering.exception() is not None or self._compiling[name].done())
+
     def finish(self, names: Iterable[Hashable]) -> None:
         """Until all of these are compiled, or have failed to be, which matters to those that are needed."""
         for name in names:

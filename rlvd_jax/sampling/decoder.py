@@ -222,7 +222,7 @@ def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tok
         interpret, used = layout == "interpret", place.used
         by = gpu.products_by(tokens.shape[0], c.hidden_size, c.intermediate_size // tensor, tensor)
         product = partial(gpu.product, by=by, tensor=tensor, interpret=interpret)
-        add_norm = partial(gpu.add_norm, eps=c.rms_norm_eps, interpret=interpret)
+        add_norm = partial(gpu.add_norm, used=used, eps=c.rms_norm_eps, interpret=interpret)
         y = jnp.zeros_like(x)[None]  # what the last block adds to the residual stream, in parts
         for w, layer in zip(weights["layers"], layers, strict=True):
             x, h = add_norm(x, y, w["input_norm"])

@@ -466,9 +466,9 @@ def _put_sums(out_refs, sums, token, head, mine, head_dim, splits):
 
 
 @partial(jax.jit, static_argnames=("eps", "num_warps", "interpret"))
-def add_norm(x, y, weight, eps: float, *, num_warps=None, interpret=False):
+def add_norm(x, y, weight, used=None, *, eps: float, num_warps=None, interpret=False):
     """(x + y, its RMS norm times weight), as `layers.rms_norm`. x: [rows, hidden]; y: [parts, rows, hidden], to be
-    added up; weight: [hidden]. → [rows, hidden] each"""
+    added up; weight: [hidden]; used: as for `product`. → [rows, hidden] each"""
     rows, hidden = x.shape
     num_warps = num_warps or (16 if rows <= FEW else 8)  # few rows have many parts: all should be on their way at once
     return pl.pallas_call(
@@ -478,19 +478,22 @@ def add_norm(x, y, weight, eps: float, *, num_warps=None, interpret=False):
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="add_norm",
-    )(x, y, weight)
+    )(jnp.full(1, rows if used is None else used, jnp.int32), x, y, weight)
 
 
-def _add_norm_kernel(x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps):
+def _add_norm_kernel(used_ref, x_ref, y_ref, weight_ref, sum_ref, norm_ref, *, hidden, eps):
     row = pl.program_id(0)
-    column = jnp.arange(pl.next_power_of_2(hidden))
-    there = column < hidden
-    x = plgpu.load(x_ref.at[row, column], mask=there, other=0.0) + _added(y_ref, row, column, there, x_ref.dtype)
-    weight = plgpu.load(weight_ref.at[column], mask=there, other=0.0).astype(jnp.float32)
-    plgpu.store(sum_ref.at[row, column], x, mask=there)
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
-    plgpu.store(norm_ref.at[row, column], (x * scale * weight).astype(norm_ref.dtype), mask=there)
+
+    @pl.when(row < used_ref[0])
+    def _():
+        column = jnp.arange(pl.next_power_of_2(hidden))
+        there = column < hidden
+        x = plgpu.load(x_ref.at[row, column], mask=there, other=0.0) + _added(y_ref, row, column, there, x_ref.dtype)
+        weight = plgpu.load(weight_ref.at[column], mask=there, other=0.0).astype(jnp.float32)
+        plgpu.store(sum_ref.at[row, column], x, mask=there)
+        x = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.sum(x * x) / hidden + eps)
+        plgpu.store(norm_ref.at[row, column], (x * scale * weight).astype(norm_ref.dtype), mask=there)
 
 
 # ---- the draw --------------------------------------------------------------------------------------

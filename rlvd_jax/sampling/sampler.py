@@ -82,14 +82,15 @@ class Completion:
     stop: Literal["end", "length"]
 
 
-def sizes(slots: int, paged: bool, drafts: int = 0) -> list[int]:
+def sizes(slots: int, layout: kv.Layout, drafts: int = 0) -> list[int]:
     """Numbers of slots that the last responses move to one after the other, largest first. Each costs a compilation,
     and where rows of the cache have to move, a copy; fewer than 16 are worth it where more is guessed of each than of
-    twice as many."""
-    if not paged:
+    twice as many. On GPUs slots that are done cost little (`slots.PACKED`); on TPUs as much as others."""
+    if layout == "plain":
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
-    fewer = {16, 32, 64, 128, 256, 384, 512, 768, *range(1024, slots, 512)}
-    fewer |= {n for n in (8, 4, 2, 1) if drafts >= gpu.FEW // (2 * n)}
+    fewer = {2**i for i in range(4, 12)} | {n for n in (8, 4, 2, 1) if drafts >= gpu.FEW // (2 * n)}
+    if layout == "tpu":
+        fewer |= {384, 768, *range(1536, slots, 512)}
     return [slots, *sorted((n for n in fewer if 8 * n <= 7 * slots), reverse=True)]
 
 
@@ -247,7 +248,7 @@ class _Run:
         self.prompts = None  # keys and values of those prefilled last
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
-        self.sizes = sizes(plan.slots, self.paged, self.drafts)
+        self.sizes = sizes(plan.slots, sampler.layout, self.drafts)
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
         self.pace = 0.0  # responses of a group that end in a step, as of late
@@ -471,8 +472,10 @@ class _Run:
             live = min(self.slots, max(self.kept_out) * 9 // 8)
         elif max(int((g.limit - g.produced)[g.live].max(initial=0)) for g in self.groups) < TAIL:
             return None
-        fewer = next(n for n in self.sizes[::-1] if n >= live)
-        if fewer >= self.slots:
+        # What is still being compiled is not waited for: the responses go on in more slots meanwhile.
+        ready = [n for n in self.sizes if n < self.slots and self.ahead.ready(("decode", n))]
+        fewer = min((n for n in ready if n >= live), default=self.slots)
+        if fewer == self.slots:
             return None
         self.kept_out = []
         before = np.zeros((len(self.groups), fewer), np.int32)
