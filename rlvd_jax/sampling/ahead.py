@@ -21,25 +21,35 @@ class Ahead:
     """Compiles programs in threads, those that are needed first first. `programs`: of each name what lowers it, to one
     or several `jax.stages.Lowered`. That is Python's work, so one thread does it and the first is not kept waiting."""
 
-    def __init__(self, programs: dict[Hashable, Callable[[], Sequence]]):
-        self._lowering: dict[Hashable, Future] = {name: Future() for name in programs}
+    def __init__(self, programs: dict[Hashable, Callable[[], Sequence]] | None = None):
+        self._asked: set[Hashable] = set()  # whatever has begun, and what was left to who needs it
+        self._lowering: dict[Hashable, Future] = {}
         self._compiling: dict[Hashable, Future] = {}
-        if programs:
-            workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
-            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="compiler")
-            todo = [(name, lower, self._lowering[name]) for name, lower in programs.items()]
-            threading.Thread(target=self._lower, args=(todo,), name="lowering", daemon=True).start()
+        self.begin(programs or {})
 
-    def _lower(self, todo) -> None:
+    def begin(self, programs: dict[Hashable, Callable[[], Sequence]]) -> None:
+        """Those of them that were not asked for before."""
+        new = {name: lower for name, lower in programs.items() if name not in self._asked}
+        self._asked.update(new)
+        for name in new:
+            self._lowering[name] = Future()
+            self._compiling.pop(name, None)  # that was given up
+        if new:
+            workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
+            pool = ThreadPoolExecutor(workers, thread_name_prefix="compiler")
+            todo = [(name, lower, self._lowering[name]) for name, lower in new.items()]
+            threading.Thread(target=self._lower, args=(todo, pool), name="lowering", daemon=True).start()
+
+    def _lower(self, todo, pool) -> None:
         for name, lower, done in todo:
             if not done.set_running_or_notify_cancel():
                 continue
             try:
-                self._compiling[name] = self._pool.submit(lambda some: [x.compile() for x in some], lower())
+                self._compiling[name] = pool.submit(lambda some: [x.compile() for x in some], lower())
                 done.set_result(None)
             except BaseException as error:  # for whoever waits
                 done.set_exception(error)
-        self._pool.shutdown(wait=False)  # its threads end with what they have to do
+        pool.shutdown(wait=False)  # its threads end with what they have to do
 
     def wait(self, name: Hashable) -> None:
         """Until it is compiled, or at once if that has not begun, so that the caller does it. Raises what lowering or
@@ -52,11 +62,12 @@ class Ahead:
                 compiling.result()
 
     def ready(self, name: Hashable) -> bool:
-        """Whether `wait` would return at once, or raise, as nothing is left to compile."""
+        """Whether `wait` returns at once, or raises, with nothing left to compile."""
         lowering = self._lowering.get(name)
         if lowering is None:
             return True
-        return lowering.done() and (lowering.exception() is not None or self._compiling[name].done())
+        ended = lambda future: future.done() and not future.cancelled()  # noqa: E731
+        return ended(lowering) and (lowering.exception() is not None or ended(self._compiling[name]))
 
     def finish(self, names: Iterable[Hashable]) -> None:
         """Until all of these are compiled, or have failed to be, which matters to those that are needed."""
@@ -64,10 +75,10 @@ class Ahead:
             if name in self._lowering and self._lowering[name].exception() is None:
                 self._compiling[name].exception()
 
-    def close(self) -> set[Hashable]:
-        """Begin no more, whoever waits. → the names of what was not begun."""
-        left = {name for name, lowering in list(self._lowering.items()) if lowering.cancel()}
-        return left | {name for name, compiling in list(self._compiling.items()) if compiling.cancel()}
+    def close(self) -> None:
+        """Begin no more, whoever waits. What was not begun may be asked for again."""
+        for pending in (self._lowering, self._compiling):
+            self._asked -= {name for name, future in list(pending.items()) if future.cancel()}
 
 
 def like(arrays):

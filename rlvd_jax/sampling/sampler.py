@@ -25,7 +25,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -125,7 +125,7 @@ class Sampler:
         )
         self.end_tokens = np.array(sorted(end_tokens), np.int32)
         self.weights = None
-        self.compiled: dict[Plan, set[Hashable]] = {}  # what need not be compiled ahead any more
+        self.ahead: dict[Plan, Ahead] = {}
         self.counts: dict[str, int] = {}
         """Of the last `sample`: slots at the start, steps and rounds of the devices, responses given up."""
 
@@ -183,7 +183,7 @@ class Sampler:
             try:
                 yield from run.completions(rounds)
             finally:  # before the devices' thread is waited for, which may wait for what has not begun
-                run.compiled.difference_update(run.ahead.close())
+                run.ahead.close()
 
 
 def _in_thread(items: Iterator) -> Iterator:
@@ -254,13 +254,10 @@ class _Run:
         self.pace = 0.0  # responses of a group that end in a step, as of late
         self.past: collections.deque = collections.deque(maxlen=KEPT)  # rounds, each with its tokens on the devices
         self.layers, self.state = device.empty(self.p, plan.slots, plan.pages if self.paged else plan.length)
-        programs, first = self._programs(width), plan not in sampler.compiled
-        self.compiled = sampler.compiled.setdefault(plan, set())
-        self.ahead = Ahead({name: lower for name, lower in programs.items() if name not in self.compiled})
-        self.compiled.update(programs)
-        # A GPU is slow while programs are compiled for it, so what an earlier call has left is waited for.
-        left = not first and self.p.layout != "tpu"
-        self.before = [name for name in programs if left or self._tuned(*name)]
+        programs = self._programs(width)
+        self.ahead = sampler.ahead.setdefault(plan, Ahead())
+        self.ahead.begin(programs)
+        self.before = [name for name in programs if self._tuned(*name)]
 
     def _programs(self, width: int) -> dict[tuple[str, int], Callable]:
         """What lowers the programs that take long and that this call will need, those needed first first, and then
