@@ -90,21 +90,23 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits, fr
     dtype = jnp.bfloat16
     keys, values = (normal(kv_heads, pages, PAGE, dim, seed=i, dtype=dtype) for i in (1, 2))
     table = jnp.asarray(np.random.RandomState(3).permutation(pages).reshape(slots, 10), jnp.int32)
-    position, room = np.array([40, 30, -1, 159, 0]), np.array([fresh, fresh, 4, 1, 3])
-    rows = position[:, None] + np.arange(fresh)
-    there = (position[:, None] >= 0) & (np.arange(fresh) < room[:, None])
-    rope = rope_table(jnp.asarray(rows.ravel()), dim, 1e4)
+    position, share = np.array([40, 30, -1, 159, 0]), np.array([fresh, fresh, 0, 1, 3])
+    count = 4 * fresh + 2
+    rows = gpu.share_out(jnp.asarray(share, jnp.int32), count, heads // kv_heads)
+    slot, nth, there = (np.array(x) for x in rows[:3])
+    whose = [(s, i) for s, n in enumerate(share) for i in range(n)]
+    assert list(zip(slot[there].tolist(), nth[there].tolist(), strict=True)) == whose and there.sum() == len(whose)
+    at = position[slot] + nth
+    rope = rope_table(jnp.asarray(at), dim, 1e4)
     columns = (heads + 2 * kv_heads) * dim
-    qkv = parts**-0.5 * normal(parts, slots * fresh, columns, seed=4)
+    qkv = parts**-0.5 * normal(parts, count, columns, seed=4)
     qkv = qkv.astype(dtype if parts == 1 else jnp.float32)
     bias = normal(columns, seed=5, dtype=dtype)
-    alone = np.where(there, rows, -1).ravel(), np.repeat(table, fresh, axis=0)
+    alone = np.where(there, at, -1), table[slot]
     expected, *after = attended(qkv, bias, rope, *alone, keys, values, heads)
-    how = {"heads": heads, "fresh": fresh, "room": jnp.asarray(room, jnp.int32), "splits": splits}
     position = jnp.asarray(position, jnp.int32)
-    out, *new = gpu.attend(qkv, bias, rope, position, table, keys, values, interpret=INTERPRET, **how)
-    there = there.ravel()
-    assert np.isfinite(np.float64(out)).all()
+    how = {"heads": heads, "splits": splits, "interpret": INTERPRET}
+    out, *new = gpu.attend(qkv, bias, rope, position, table, keys, values, rows, **how)
     np.testing.assert_allclose(np.float64(out)[there], expected[there], atol=0.03, rtol=0.02)
     for ours, theirs, before in zip(new, after, (keys, values), strict=True):
         ours, theirs = np.float32(ours), np.float32(theirs)

@@ -486,13 +486,14 @@ def test_what_is_tuned(sampler, monkeypatch):
     config = dataclasses.replace(sampler.config, hidden_size=1536, intermediate_size=8960)
     run = SimpleNamespace(p=sampler.program._replace(config=config, layout="gpu"), drafts=63)
     run.sizes = sampler_module.sizes(256, "gpu", drafts=63)
-    run._guessed = functools.partial(sampler_module._Run._guessed, run)
+    for name in ("_guessed", "_rows"):
+        setattr(run, name, functools.partial(getattr(sampler_module._Run, name), run))
     for hopper, expected in ((True, [64]), (False, [256, 128, 64])):
         monkeypatch.setattr(gpu.hopper, "here", lambda hopper=hopper: hopper)
         assert [n for n in run.sizes if sampler_module._Run._tuned(run, "decode", n)] == expected
         assert sampler_module._Run._tuned(run, "prefill", 128)
-    assert run.sizes == [256, 128, 64, 32, 16, 8, 4, 2, 1]
-    assert sampler_module.sizes(256, "gpu", drafts=7)[-2:] == [16, 8]
+    assert run.sizes == [256, 128, 64, 16]
+    assert sampler_module.sizes(256, "gpu") == [256, 128, 64, 32, 16]
     run.p = run.p._replace(layout="tpu")
     assert not sampler_module._Run._tuned(run, "prefill", 128)
 
@@ -699,19 +700,19 @@ def test_groups_share_the_last_responses_evenly(monkeypatch):
 
 def test_steps_of_a_round_of_several_groups(sampler):
     run = object.__new__(sampler_module._Run)
-    run.p, run.slots, run.pace = sampler.program._replace(layout="gpu"), 512, 0.0
+    run.p, run.slots, run.pace, run.drafts = sampler.program._replace(layout="gpu"), 512, 0.0, 1
     run.groups = [Group(Plan(512, 128, 0), 128, 1) for _ in range(2)]
     for g, live in zip(run.groups, (512, 500), strict=True):
         g.occupant[:live] = 0
-    assert run._in_step(128, [16, 40], 0) == 128, "nothing is known yet"
+    assert run._in_step(128, [16, 40]) == 128, "nothing is known yet"
     run.pace = 0.25  # 22 are wanted of each: 16 of one, 28 of the other
-    assert run._in_step(128, [16, 40], 0) == 88
-    assert run._in_step(64, [16, 40], 0) == 64
+    assert run._in_step(128, [16, 40]) == 88
+    assert run._in_step(64, [16, 40]) == 64
     run.pace = 10.0
-    assert run._in_step(128, [16, 40], 0) == 4, "as many as are taken without a look"
+    assert run._in_step(128, [16, 40]) == 4, "as many as are taken without a look"
     run.slots = 32
-    assert run._in_step(64, [32, 32], 1) == 8
-    assert run._in_step(5, [32, 32], 1) == 5, "no more than pages are there for"
+    assert run._in_step(64, [32, 32]) == 8
+    assert run._in_step(5, [32, 32]) == 5, "no more than pages are there for"
 
 
 @pytest.mark.parametrize("layout", ["gpu", "interpret"])
@@ -723,11 +724,12 @@ def test_steps_taken_together_end_where_pages_do(sampler, layout):
     assert device.together(sampler.program._replace(layout="plain"), 16) == 1, "a host that is the device looks at once"
 
 
-def test_a_pool_that_runs_dry(model, requests, whole):
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_pool_that_runs_dry(model, requests, whole, drafts):
     """The youngest are given up and begun again, to the same result; all pages come back."""
     requests = requests[3:9]
     whole = {key: whole[key] for key in whole if key[0] in {r.question for r in requests}}
-    sampler = paged(model, pages=40, slots=16)
+    sampler = paged(model, pages=40, slots=16, drafts=drafts)
     groups = []
     refill = sampler_module._Run._refill
 
@@ -779,8 +781,9 @@ def test_what_is_guessed():
     seen, position = np.full((len(texts), 16), -1, np.int32), np.zeros(len(texts), np.int32)
     for i, text in enumerate(texts):
         seen[i, : len(text)], position[i] = text, len(text) - 1
-    guesses = device._look_up(jnp.asarray(seen), jnp.asarray(position), 3)
-    np.testing.assert_array_equal(guesses, list(texts.values()))
+    slot, nth = np.divmod(np.arange(3 * len(texts)), 3)
+    guesses = device._look_up(jnp.asarray(seen), jnp.asarray(position), slot, nth)
+    np.testing.assert_array_equal(guesses.reshape(-1, 3), list(texts.values()))
 
 
 def test_drafts_save_steps(requests):
@@ -800,38 +803,55 @@ def test_drafts_save_steps(requests):
 
 def test_drafts_know_the_text(model, requests, whole, monkeypatch):
     """What was drawn before the last responses moved to few slots, some of it in slots that others had before; of fewer
-    slots more is guessed of each, and more fetched at once."""
+    slots more is fetched at once."""
     monkeypatch.setattr(device, "TURNS", 8)
     monkeypatch.setattr(sampler_module, "TAIL", 0)
     monkeypatch.setattr(sampler_module, "LEAST_GAIN", 0)
     known, taken, call = [], [], device.decode_drafts
 
     def watch(p, drafts, weights, layers, slots, seen, *rest):
-        known.append((drafts, np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
+        known.append((np.asarray(slots.position), np.asarray(slots.done), np.asarray(seen)))
         *out, gain = call(p, drafts, weights, layers, slots, seen, *rest)
         taken.append((int(gain[0, 0]), len(out[-1])))
         return *out, gain
 
     monkeypatch.setattr(device, "decode_drafts", watch)
-    requests = requests[:3]
+    requests = requests[:4]
     draws = [(r.question, sample) for r in requests for sample in r.samples]
     limits = {draw: 8 + 110 // (2 + i) for i, draw in enumerate(reversed(draws))}  # fewer and fewer go on
     requests = [dataclasses.replace(r, limits=tuple(limits[r.question, s] for s in r.samples)) for r in requests]
-    ours = run(paged(model, slots=6, drafts=63), requests)
+    ours = run(paged(model, slots=19, drafts=63), requests)
     expected = {
         key: dataclasses.replace(c, tokens=c.tokens[: limits[key]], logprobs=c.logprobs[: limits[key]])
         for key, c in whole.items()
         if key in limits
     }
     assert_same(ours, expected)
-    assert {(len(seen), drafts) for drafts, *_, seen in known} == {(6, 9), (4, 15), (2, 31), (1, 63)}
-    assert max(taken) == (8, 8 * 64) and max(n for n, _ in taken) == 8
+    assert {len(seen) for *_, seen in known} == {19, 16}
+    assert {n for _, n in taken} == {4 * 8 * 64 // 19, 4 * 8 * 64 // 16} and max(n for n, _ in taken) == 8
     texts = {(*r.prompt, *whole[r.question, s].tokens.tolist()) for r in requests for s in r.samples}
-    _, position, done, seen = next(x for x in known if len(x[-1]) == 4)
-    assert (~done).sum() > 2 and len(seen) == 4 and position[~done].max() > 20
+    position, done, seen = next(x for x in known if len(x[-1]) == 16)
+    assert (~done).sum() > 2 and position[~done].max() > 20
     for at, text in zip(position[~done], seen[~done].tolist(), strict=True):
         assert any(whole_text[: at + 1] == tuple(text[: at + 1]) for whole_text in texts)
         assert set(text[at + 1 :]) == {-1}
+
+
+def test_rows_are_shared():
+    """By those that are live, as many for each, give or take one, up to what each has room for."""
+    live, room = np.array([True, False, True, True, True]), np.array([9, 9, 9, 1, 9])
+    assert device._shares(live, jnp.asarray(room), 14).tolist() == [4, 0, 4, 1, 3]
+    assert device._shares(~live, jnp.asarray(room), 14).tolist() == [0, 9, 0, 0, 0]
+    assert device._shares(live & False, jnp.asarray(room), 14).tolist() == [0] * 5
+    rows = gpu.share_out(jnp.array([4, 0, 4, 1, 3]), 14, 16)
+    assert rows.slot[rows.there].tolist() == [0] * 4 + [2] * 4 + [3] + [4] * 3
+    assert rows.nth[rows.there].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 2]
+    assert rows.tile[:4].tolist() == [[0, 4], [4, 4], [8, 1], [9, 3]] and set(rows.tile[4:, 1].tolist()) == {0}
+    for slots in (1, 7, 16, 64):  # there are programs for all rows, however many slots are live
+        for number in range(1, slots + 1):
+            share = device._shares(jnp.arange(slots) < number, 64, 64)
+            tile = gpu.share_out(share, 64, 6).tile
+            assert share.sum() == tile[:, 1].sum() == 64, (slots, number)
 
 
 def test_drafts_that_never_hold_are_given_up(model, requests, whole, monkeypatch):

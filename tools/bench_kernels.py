@@ -207,17 +207,18 @@ class Attend(Case):
         rows, columns = self.slots * fresh, matrices(c)["qkv"][1]
         parts = gpu.tiling(rows, c.hidden_size, columns)["splits"] if rows <= gpu.FEW else 1
         qkv = normal(98, parts, rows, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
+        share = jnp.full(self.slots, fresh, jnp.int32)
+        of = gpu.share_out(share, rows, c.num_attention_heads // c.num_key_value_heads) if fresh > 1 else None
         rope = rope_table((position[:, None] + jnp.arange(fresh)).reshape(-1), c.head_dim, c.rope_theta)
         number = copies(self.bytes, 2, 8)
         biases = [normal(97 - i, columns) for i in range(number)]  # or the library adds one up for all
         fixed = biases, (rope, position, jnp.asarray(table, jnp.int32))
-        how = {"heads": c.num_attention_heads, "fresh": fresh, "interpret": INTERPRET, **way}
-        how |= {"room": jnp.full(self.slots, fresh, jnp.int32)} if fresh > 1 else {}
+        how = {"heads": c.num_attention_heads, "interpret": INTERPRET, **way}
 
         def calls(fixed, qkv, layers):
             results, new = [], []
             for bias, layer in zip(fixed[0], layers, strict=True):
-                out, *layer = gpu.attend(qkv, bias, *fixed[1], *layer, **how)
+                out, *layer = gpu.attend(qkv, bias, *fixed[1], *layer, of, **how)
                 results.append(out)
                 new.append(layer)
             return new, results

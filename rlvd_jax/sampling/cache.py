@@ -28,16 +28,15 @@ Layout = Literal["plain", "gpu", "tpu", "interpret"]
 
 
 class Place(NamedTuple):
-    """Where the newest token of each slot goes."""
+    """Where the newest token of each slot goes, or the first of several."""
 
-    position: jax.Array  # [slots] int32, of the first of several
+    position: jax.Array  # [slots] int32
     live: jax.Array  # [slots] bool: what the others write is lost
     table: jax.Array  # [slots, pages of a slot] int32; `plain`: not used
     span: int  # `plain`: no position at or beyond it is filled
     cores: int = 1  # of a TPU's chip, which work as one device
-    used: jax.Array | None = None  # [] int32: live slots, if they come first and nothing need be found for the others
-    fresh: int = 1  # new tokens of each slot, one after the other from `position` on; several for the GPU's kernel only
-    room: jax.Array | None = None  # [slots] int32, how many of several may be written
+    used: jax.Array | None = None  # [] int32: so many rows come first, and nothing need be found for the others
+    rows: gpu.Rows | None = None  # of several new tokens of a slot, for the GPU's kernel only; else one of each
     items: list[tuple[int, tpu.Plan]] | None = None  # of a TPU's kernel, see `planned`
 
 
@@ -112,9 +111,9 @@ def insert(layer, layout: Layout, prompt_layer, source, to):
 def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     """Write the newest keys and values of each slot, and attend to all there is up to each.
 
-    qkv: [slots * fresh, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the
-    positions. → (the layer's cache, [slots * fresh, heads * head_dim]). For the GPU's kernel qkv has a leading axis of
-    parts, see `gpu.product`.
+    qkv: [rows, (heads + 2 kv_heads) * head_dim], without bias and rotation; bias: of its columns; rope: of the rows'
+    positions. → (the layer's cache, [rows, heads * head_dim]). For the GPU's kernel qkv has a leading axis of parts,
+    see `gpu.product`.
     """
     if layout == "tpu":
         out, pool = tpu.attend(qkv, bias, rope, place.items, *layer, heads=heads, cores=place.cores)
@@ -122,9 +121,8 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     keys, values = layer
     if layout in ("gpu", "interpret"):
         position = jnp.where(place.live, place.position, -1)
-        how = {"heads": heads, "fresh": place.fresh, "room": place.room}
-        how["interpret"] = layout == "interpret"
-        out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, **how)
+        how = {"heads": heads, "interpret": layout == "interpret"}
+        out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, place.rows, **how)
         return tuple(layer), out
     slots = qkv.shape[0]
     qkv = (qkv + bias).reshape(slots, -1, 2 * rope[0].shape[-1])

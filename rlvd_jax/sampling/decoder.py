@@ -207,12 +207,13 @@ def prefill(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, tokens, 
 
 
 def step(c: Qwen2Config, tensor: int, layout: cache.Layout, weights, layers, tokens, place: cache.Place):
-    """One token for every slot, or `place.fresh` in a row: write keys and values into the cache, attend to what is
-    there.
+    """One token for every slot, or what `place.rows` has: write keys and values to the cache, attend to what is there.
 
-    layers: the cache (cache.py); tokens: [slots * fresh] int32. → (cache, hidden states [slots * fresh, hidden]).
+    layers: the cache (cache.py); tokens: [rows] int32. → (cache, hidden states [rows, hidden]).
     """
-    position = (place.position[:, None] + jnp.arange(place.fresh, dtype=jnp.int32)).reshape(-1)
+    position, rows = place.position, place.rows
+    if rows is not None:
+        position = position[rows.slot] + rows.nth
     rope = rope_table(position, c.head_dim, c.rope_theta)
     heads = c.num_attention_heads // tensor
     x = weights["embedding"][tokens]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from rlvd_jax.sampling import hopper
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
 TILE = 64  # rows of one program of attention, at most: a query head of one of several tokens each
+PARALLEL = 512  # programs that keep a whole chip busy
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = hopper.GROUP  # tokens of the vocabulary that share a maximum
 PROGRAMS = 128  # of a product of few rows, at most
@@ -149,11 +150,42 @@ def _added(ref, row, column, there, dtype):
 # In kernels, `lax.div` and `lax.rem` are not // and %, whose care for signs hides from the compiler what is contiguous.
 
 
+class Rows(NamedTuple):
+    """Whose the rows of a step are, where a slot may have several: its new tokens one after the other, slot by slot."""
+
+    slot: jax.Array  # [rows] int32
+    nth: jax.Array  # [rows] int32, of its slot's
+    there: jax.Array  # [rows] bool: the last ones may be nobody's
+    tile: jax.Array  # [tiles, 2] int32: the first row, and how many, of each program of attention
+
+
+def share_out(share, rows: int, group: int) -> Rows:
+    """`rows` of a step for slots of which each has its share, [slots] int32, where no live one's is greater than if all
+    live ones had as many, rounded up. group: query heads of a key head."""
+    slots, tile = share.size, _tile(rows, share.size, group)
+    tiles = max(live * pl.cdiv(pl.cdiv(rows, live), tile) for live in range(1, slots + 1))
+
+    def places(each, count: int):
+        """(whose, the how many-th of these, whether it is anyone's) of `count` things, of which each slot has some."""
+        ends, at = jnp.cumsum(each), jnp.arange(count, dtype=jnp.int32)
+        slot = jnp.minimum((at[:, None] >= ends).sum(axis=1, dtype=jnp.int32), slots - 1)
+        there = at < ends[-1]
+        return slot, jnp.where(there, at - (ends - each)[slot], 0), there
+
+    slot, nth, there = places(share, rows)
+    of, part, used = places(pl.cdiv(share, tile), tiles)
+    first = (jnp.cumsum(share) - share)[of] + part * tile
+    return Rows(slot, nth, there, jnp.stack([first, jnp.where(used, jnp.minimum(share[of] - part * tile, tile), 0)], 1))
+
+
+def _tile(rows: int, slots: int, group: int) -> int:
+    """How many rows of a slot share a program: as many as the registers have room for, since what programs share they
+    read again, and no more than slots have, give or take."""
+    return min(2 ** ((TILE // group).bit_length() - 1), max(1, 2 * rows // slots))
+
+
 # Jitted, so that a kernel is traced once and not for every layer.
-@partial(
-    jax.jit,
-    static_argnames=("heads", "fresh", "splits", "block", "num_warps", "num_stages", "interpret"),
-)
+@partial(jax.jit, static_argnames=("heads", "splits", "block", "num_warps", "num_stages", "interpret"))
 def attend(
     qkv,
     bias,
@@ -162,76 +194,73 @@ def attend(
     table,
     keys,
     values,
+    rows: Rows | None = None,
     *,
     heads: int,
-    fresh: int = 1,
-    room=None,
     splits=None,
     block: int = 32,
     num_warps=None,
     num_stages: int = 3,
     interpret=False,
 ):
-    """`fresh` new tokens of every slot: rotate their queries and keys, append keys and values, attend each to all up to
-    itself.
+    """New tokens of every slot: rotate their queries and keys, append keys and values, attend each to all up to itself.
 
-    qkv: [parts, slots * fresh, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation, a slot's
-    tokens one after the other; bias: of qkv's columns; rope: cos and sin, [slots * fresh, head_dim / 2] float32;
-    position: [slots] int32, the first new token's, or -1 for an idle slot, which writes nothing; table: [slots, pages
-    of a slot] int32; keys, values: [kv_heads, pages, page_size, head_dim], updated in place; room: [slots] int32, how
-    many of several new tokens are written, at least 1. → ([slots * fresh, heads * head_dim], keys, values). A slot's
-    positions are shared out over `splits` programs, by default as many as keep a whole chip busy; each reads `block`
-    positions at a time.
+    qkv: [parts, rows, (heads + 2 kv_heads) * head_dim], to be added up, before bias and rotation; bias: of its columns;
+    rope: cos and sin, [rows, head_dim / 2] float32; position: [slots] int32, the first new token's, or -1 for an idle
+    slot, which writes nothing; table: [slots, pages of a slot] int32; keys, values: [kv_heads, pages, page_size,
+    head_dim], updated in place; rows: by default one of each slot. → ([rows, heads * head_dim], keys, values), of rows
+    that are nobody's anything. A slot's positions are shared out over `splits` programs, by default as many as keep a
+    whole chip busy; each reads `block` positions at a time.
     """
     kv_heads, pages, page_size, head_dim = keys.shape
-    slots, rows, group = position.size, qkv.shape[1], heads // kv_heads
+    count, group = qkv.shape[1], heads // kv_heads
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
-    # Of several tokens as many share a program as the registers have room for; what programs share they read again.
-    tile = min(fresh, 2 ** ((TILE // group).bit_length() - 1))
-    programs = kv_heads * slots * pl.cdiv(fresh, tile)
-    splits = splits or max(1, min(32, (512 if fresh == 1 else 256) // programs))
-    num_warps = num_warps or (1 if fresh == 1 else 4)  # one warp has no registers for the rows of several tokens
+    programs = position.size if rows is None else len(rows.tile)
+    splits = splits or max(1, min(32, PARALLEL // (kv_heads * programs)))
+    num_warps = num_warps or (1 if rows is None else 4)  # one warp has no registers for the rows of several tokens
     shape, flat = keys.shape, (kv_heads, pages * page_size, head_dim)
     keys, values = keys.reshape(flat), values.reshape(flat)
     if splits == 1:
-        out_shape = [jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype)]
+        out_shape = [jax.ShapeDtypeStruct((count, heads * head_dim), bias.dtype)]
     else:
         out_shape = [
-            jax.ShapeDtypeStruct((splits, rows, heads * head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
-            jax.ShapeDtypeStruct((splits, rows, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, count, heads * head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((splits, count, heads), jnp.float32),
+            jax.ShapeDtypeStruct((splits, count, heads), jnp.float32),
         ]
+    sizes = {"page_size": page_size, "block": block, "splits": splits}
     how = {
-        "grid": (kv_heads, programs // kv_heads, splits),
+        "grid": (kv_heads, programs, splits),
         "compiler_params": plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         "interpret": interpret,
     }
-    if fresh == 1:
+    if rows is None:
         n = len(out_shape)
         *out, keys, values = pl.pallas_call(
-            partial(_attend_kernel, page_size=page_size, block=block, splits=splits),
+            partial(_attend_kernel, **sizes),
             out_shape=[*out_shape, *(jax.ShapeDtypeStruct(flat, x.dtype) for x in (keys, values))],
             input_output_aliases={6: n, 7: n + 1},
             name="attend_pages",
             **how,
         )(position, table, *rope, qkv, bias, keys, values)
     else:
-        appending = partial(_append, page_size=page_size, fresh=fresh, interpret=interpret)
-        q, keys, values = appending(qkv, bias, rope, position, room, table, keys, values)
-        several = {"page_size": page_size, "fresh": fresh, "tile": tile, "block": block, "splits": splits}
+        of_row = position[rows.slot]
+        position = jnp.where(rows.there & (of_row >= 0), of_row + rows.nth, -1)
+        appending = partial(_append, page_size=page_size, interpret=interpret)
+        q, keys, values = appending(qkv, bias, rope, position, rows.slot, table, keys, values)
         out = pl.pallas_call(
-            partial(_attend_several_kernel, **several),
+            partial(_attend_several_kernel, tile=_tile(count, len(table), group), **sizes),
             out_shape=out_shape,
             name="attend_pages_several",
             **how,
-        )(position, table, q, keys, values)
+        )(position, rows.slot, rows.tile, table, q, keys, values)
     if splits > 1:
         part, most, total = out
         share = jnp.exp2(most - most.max(axis=0))
         total = (share * total).sum(axis=0)  # [rows, heads]
-        part = part.reshape(splits, rows, heads, head_dim)
-        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(rows, -1)
+        part = part.reshape(splits, count, heads, head_dim)
+        out = ((share[..., None] * part).sum(axis=0) / total[..., None]).reshape(count, -1)
         out = [out.astype(bias.dtype)]
     return out[0], keys.reshape(shape), values.reshape(shape)
 
@@ -293,14 +322,15 @@ def _attend_kernel(
     _put_sums(out_refs, sums, slot, head * group + row, row < group, head_dim, splits)
 
 
-def _append(qkv, bias, rope, position, room, table, keys, values, *, page_size: int, fresh: int, interpret):
+def _append(qkv, bias, rope, position, slot, table, keys, values, *, page_size: int, interpret):
     """Of several new tokens: (queries, rotated [rows, heads * head_dim], keys, values), these [kv_heads, positions of
-    all pages, head_dim] and updated in place. The others as for `attend`, which attends next: once for all programs,
-    which have more rows than one could make ready beside its keys."""
+    all pages, head_dim] and updated in place: once for all programs of attention, which have more rows than one could
+    make ready beside its keys. position, slot: [rows] int32, where a token goes, if it is not -1; the others as for
+    `attend`."""
     heads, kv_heads, head_dim = _sizes(bias, keys)
     rows = qkv.shape[1]
     return pl.pallas_call(
-        partial(_append_kernel, page_size=page_size, fresh=fresh),
+        partial(_append_kernel, page_size=page_size),
         grid=(kv_heads, rows),
         out_shape=[
             jax.ShapeDtypeStruct((rows, heads * head_dim), bias.dtype),
@@ -310,12 +340,12 @@ def _append(qkv, bias, rope, position, room, table, keys, values, *, page_size: 
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="append_several",
-    )(position, room, table, *rope, qkv, bias, keys, values)
+    )(position, slot, table, *rope, qkv, bias, keys, values)
 
 
 def _append_kernel(
     position_ref,
-    room_ref,
+    slot_ref,
     table_ref,
     cos_ref,
     sin_ref,
@@ -328,11 +358,9 @@ def _append_kernel(
     values_ref,
     *,
     page_size,
-    fresh,
 ):
     heads, kv_heads, head_dim = _sizes(bias_ref, keys_ref)
     head, token = pl.program_id(0), pl.program_id(1)
-    slot, nth = jax.lax.div(token, fresh), jax.lax.rem(token, fresh)
     group, half = heads // kv_heads, head_dim // 2
     row, column = jnp.arange(pl.next_power_of_2(group + 2))[:, None], jnp.arange(head_dim)[None, :]
     is_q, is_k, is_v = row < group, row == group, row == group + 1
@@ -350,49 +378,37 @@ def _append_kernel(
     turned = (x.astype(jnp.float32) * cos + across.astype(jnp.float32) * sin).astype(x.dtype)
     plgpu.store(q_ref.at[token, start + column], turned, mask=there & is_q)
 
-    position = position_ref[slot]
-    to = jnp.maximum(position, 0) + nth
-    writes = (position >= 0) & ((nth == 0) | (nth < room_ref[slot]))
-    page = table_ref[slot, jnp.minimum(jax.lax.div(to, page_size), table_ref.shape[1] - 1)]
+    position = position_ref[token]
+    to = jnp.maximum(position, 0)
+    page = table_ref[slot_ref[token], jax.lax.div(to, page_size)]
     at = page * page_size + jax.lax.rem(to, page_size)
     for ref, new, mask in ((keys_ref, turned, is_k), (values_ref, x, is_v)):
+        mask &= position >= 0
         # What isn't written lies outside: step by step a masked store writes what was there.
-        plgpu.store(
-            ref.at[head, jnp.where(mask & writes, at, ref.shape[1]), column],
-            new.astype(ref.dtype),
-            mask=there & mask & writes,
-        )
+        to = ref.at[head, jnp.where(mask, at, ref.shape[1]), column]
+        plgpu.store(to, new.astype(ref.dtype), mask=there & mask)
 
 
 def _attend_several_kernel(
-    position_ref,
-    table_ref,
-    q_ref,
-    keys_ref,
-    values_ref,
-    *out_refs,
-    page_size,
-    fresh,
-    tile,
-    block,
-    splits,
+    position_ref, slot_ref, tile_ref, table_ref, q_ref, keys_ref, values_ref, *out_refs, tile, page_size, block, splits
 ):
     kv_heads, _, head_dim = keys_ref.shape
+    group = q_ref.shape[1] // (head_dim * kv_heads)
     head, part_of_slot = pl.program_id(0), pl.program_id(1)
-    tiles, group = pl.cdiv(fresh, tile), q_ref.shape[1] // (head_dim * kv_heads)
-    slot, first = jax.lax.div(part_of_slot, tiles), jax.lax.rem(part_of_slot, tiles) * tile
+    first, count = tile_ref[part_of_slot, 0], tile_ref[part_of_slot, 1]
     row, column = jnp.arange(max(QUERIES, pl.next_power_of_2(tile * group))), jnp.arange(head_dim)
-    nth, query = first + jax.lax.div(row, group), head * group + jax.lax.rem(row, group)
-    token, mine = slot * fresh + nth, (row < tile * group) & (nth < fresh)
+    token, query = first + jax.lax.div(row, group), head * group + jax.lax.rem(row, group)
+    mine = row < count * group
     at = q_ref.at[token[:, None], (query * head_dim)[:, None] + column[None, :]]
     q = plgpu.load(at, mask=mine[:, None] & (column >= 0)[None, :], other=0.0)  # [rows, head_dim]
 
-    # An idle slot attends to something, too, so that what comes out are numbers.
-    last = jnp.maximum(position_ref[slot], 0) + nth  # of each row
-    end = jnp.minimum(jnp.maximum(position_ref[slot], 0) + first + tile, table_ref.shape[1] * page_size)
+    last = plgpu.load(position_ref.at[token], mask=mine, other=-1)  # of each row
+    begin = jnp.minimum(first, position_ref.size - 1)  # of nobody's tile too
+    end = jnp.where(count > 0, position_ref[begin] + count, 0)
     # Where a part holds nothing that a row attends to, its sums are of no weight beside the others.
     most, total = jnp.full(row.shape, LEAST, jnp.float32), jnp.zeros(row.shape, jnp.float32)
     sums = most, total, jnp.zeros((row.size, head_dim), jnp.float32)
+    slot = slot_ref[begin]
     sums = _over_positions(q, sums, keys_ref, values_ref, table_ref, slot, end, page_size, block, splits, last)
     _put_sums(out_refs, sums, token, query, mine, head_dim, splits)
 

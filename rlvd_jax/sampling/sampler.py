@@ -84,11 +84,11 @@ class Completion:
 
 def sizes(slots: int, layout: kv.Layout, drafts: int = 0) -> list[int]:
     """Numbers of slots that the last responses move to one after the other, largest first. Each costs a compilation,
-    and where rows of the cache have to move, a copy; fewer than 16 are worth it where more is guessed of each than of
-    twice as many. On GPUs slots that are done cost little (`slots.PACKED`); on TPUs as much as others."""
+    and where rows of the cache have to move, a copy. On GPUs slots that are done cost little (`slots.PACKED`), and
+    nothing where `drafts` are guessed of the others; on TPUs as much as others."""
     if layout == "plain":
         return [slots, *(n for n in (4**i for i in range(10, 1, -1)) if 4 * n <= slots)]
-    fewer = {2**i for i in range(4, 12)} | {n for n in (8, 4, 2, 1) if drafts >= gpu.FEW // (2 * n)}
+    fewer = {2**i for i in range(4, 12)} - ({32} if drafts else set())
     if layout == "tpu":
         fewer |= {384, 768, *range(1536, slots, 512)}
     return [slots, *sorted((n for n in fewer if 8 * n <= 7 * slots), reverse=True)]
@@ -284,7 +284,7 @@ class _Run:
             rest = by_slot(n, width), ends, by_slot(1), steps
             if drafts := self._guessed(n):
                 seen = by_slot(n, self.length)
-                return [device.decode_drafts.lower(p, drafts, weights, layers, state, seen, *rest)]
+                return [device.decode_drafts.lower(p, drafts, weights, layers, state, seen, *rest, steps)]
             return [device.decode.lower(p, self.length, weights, layers, state, *rest)]
 
         longest = max(len(r.prompt) for r in self.requests)
@@ -302,7 +302,7 @@ class _Run:
         rightly while nothing else runs there. It does so once for steps of as many rows."""
         if self.p.layout != "gpu" or what == "prefill":
             return self.p.layout == "gpu"
-        c, tensor, rows = self.p.config, self.p.tensor, {n: n * (1 + self._guessed(n)) for n in self.sizes}
+        c, tensor, rows = self.p.config, self.p.tensor, {n: self._rows(n) for n in self.sizes}
         by = gpu.products_by(rows[n], c.hidden_size, c.intermediate_size // tensor, tensor)
         return by != "many" and not any(rows[larger] == rows[n] for larger in self.sizes if larger > n)
 
@@ -496,23 +496,22 @@ class _Run:
         """Run the devices until some responses have ended, whose slots are free then. moved: by `_shrink`."""
         drafts, steps, span = self._guessed(self.slots), LOG, self.length
         if self.paged:
-            grown = [g.grow(device.logged(1 + drafts)) for g in self.groups]
-            steps = min(n for n, _ in grown)
+            grown = [g.grow(device.logged(self.slots, drafts) if drafts else LOG) for g in self.groups]
+            steps = most = min(n for n, _ in grown)  # tokens, where some are guessed
             if any(given_up for _, given_up in grown):
                 which = np.zeros((len(self.groups), self.slots), bool)
                 for d, (_, given_up) in enumerate(grown):
                     which[d, given_up] = True
                     self.counts["given_up"] += len(given_up)
                 self.state = device.stop(self.p, self.state, self._put(which))
-            drafts = drafts if drafts < steps else 0
-            steps //= 1 + drafts
+            steps = device.TURNS if drafts else most
         else:
             furthest = max(int((g.cached + g.produced)[g.live].max(initial=0)) for g in self.groups)
             span = min(self.length, bucket(furthest + 32, 64))
             steps = max(1, min(LOG, span - furthest)) if span < self.length else LOG
         wake = [self._wake(g) for g in self.groups]
         if len(self.groups) > 1:
-            steps, wake = self._in_step(steps, wake, drafts), [self.slots] * len(self.groups)
+            steps, wake = self._in_step(steps, wake), [self.slots] * len(self.groups)
         rest = (
             self._put([g.table for g in self.groups]),
             self.ends,
@@ -524,8 +523,9 @@ class _Run:
         if drafts:
             if self.seen is None:
                 self.seen = self._put(self._text())
+            most = jax.device_put(np.int32(most), self.whole)
             self.layers, self.state, self.seen, *log, gain = device.decode_drafts(
-                self.p, drafts, weights, self.layers, self.state, self.seen, *rest
+                self.p, drafts, weights, self.layers, self.state, self.seen, *rest, most
             )
         else:
             self.layers, self.state, *log = device.decode(self.p, span, weights, self.layers, self.state, *rest)
@@ -547,6 +547,7 @@ class _Run:
             taken = int(taken.max())
             if drawn.sum() < LEAST_GAIN * of_slots.sum():
                 self.drafts = 0
+                self.sizes = sizes(self.sizes[0], self.s.layout)
         self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2
         if self.drafts:
             self.past.append((rounds, log[0]))
@@ -555,16 +556,21 @@ class _Run:
         return rounds, tuple(log)
 
     def _guessed(self, slots: int) -> int:
-        """Tokens that are guessed of each in a step of so many slots: of fewer more, as FEW rows take no longer."""
-        return max(0, min(self.drafts, gpu.FEW // slots - 1))
+        """Tokens that are guessed of each in a step of so many slots, at most."""
+        return self.drafts if slots <= gpu.FEW else 0
 
-    def _in_step(self, steps: int, wake: list[int], drafts: int) -> int:
+    def _rows(self, slots: int) -> int:
+        """Of a step of so many slots."""
+        drafts = self._guessed(slots)
+        return device.rows_of_step(slots, drafts) if drafts else slots
+
+    def _in_step(self, steps: int, wake: list[int]) -> int:
         """Steps, at most so many, after which as many slots should be done as `wake` has it, on average over groups.
         All take as many: did each come back when its own are done, a round would last as long as the slowest's."""
         if not self.pace:
             return steps
         wanted = np.mean([w - (~g.live).sum() for w, g in zip(wake, self.groups, strict=True)])
-        each = min(steps, device.together(self.p, self.slots * (1 + drafts)))
+        each = min(steps, device.together(self.p, self._rows(self.slots)))
         return max(each, int(min(steps, wanted / self.pace)) // each * each)
 
     def _text(self) -> np.ndarray:

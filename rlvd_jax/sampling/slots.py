@@ -26,19 +26,25 @@ TURNS = 64  # steps before the host fetches what they wrote down, where a step t
 PACKED = 512  # slots from which on a GPU's steps take the live ones first, so that products leave out the others
 CONTEXT = 12  # tokens by which a place in a response is found that is like its end
 STRETCH = 4  # of these the last, which count twice where all from them on are alike
-TOGETHER = 2048  # slots of all the steps that a GPU takes before the host reads whether to go on
+TOGETHER = 2048  # rows of all the steps that a GPU takes before the host reads whether to go on
 
 
-def logged(fresh: int) -> int:
-    """Tokens of each slot that the devices write down, at most, where a step takes `fresh`."""
-    return LOG if fresh == 1 else TURNS * fresh
+def rows_of_step(slots: int, drafts: int) -> int:
+    """Rows that slots share where up to so many tokens of each are guessed."""
+    return min(gpu.FEW, slots * (1 + drafts))
 
 
-def together(p: Program, slots: int) -> int:
-    """Steps that are taken without a look at whether enough slots are done. On a GPU it is the host that looks, and the
-    device waits, which matters where steps are short; where they are long, slots that are done cost more. A divisor of
-    LOG, TURNS and a page's positions, so of the steps of one token that pages are there for (`books.Group.grow`)."""
-    return 2 ** min(3, max(1, TOGETHER // slots).bit_length() - 1) if p.layout in ("gpu", "interpret") else 1
+def logged(slots: int, drafts: int) -> int:
+    """Tokens of each slot that the devices write down, at most, where some are guessed: of few slots more."""
+    return min(TURNS * (1 + drafts), 4 * TURNS * gpu.FEW // slots)
+
+
+def together(p: Program, rows: int) -> int:
+    """Steps of so many rows that are taken without a look at whether enough slots are done. On a GPU it is the host
+    that looks, and the device waits, which matters where steps are short; where they are long, slots that are done cost
+    more. A divisor of LOG, TURNS and a page's positions, so of the steps of one token that pages are there for
+    (`books.Group.grow`)."""
+    return 2 ** min(3, max(1, TOGETHER // rows).bit_length() - 1) if p.layout in ("gpu", "interpret") else 1
 
 
 class Program(NamedTuple):
@@ -273,93 +279,106 @@ def decode(p: Program, span: int, weights, layers, slots: Slots, table, ends, wa
     )
 
 
-def _look_up(seen, position, count: int):
-    """What may follow the newest token: what followed where that stood before and most of the CONTEXT tokens that end
-    there were those that end here (see STRETCH), and of such places the last. They need not be all alike: text that
+def _look_up(seen, position, slot, nth):
+    """What may follow the newest tokens: what followed where a slot's stood before and most of the CONTEXT tokens that
+    end there were those that end here (see STRETCH), and of such places the last. They need not be all alike: text that
     repeats itself often does so but for a number.
 
-    seen: [slots, positions] int32, tokens by position, -1 where not known; position: of the newest. → [slots, count]
-    int32. A stretch that ends at the newest token is taken to begin again.
+    seen: [slots, positions] int32, tokens by position, -1 where not known; position: [slots], of the newest; slot, nth:
+    [rows] int32, how many tokens later, from 0. → [rows] int32. A stretch that ends at the newest token is taken to
+    begin again.
     """
-    slot, at = jnp.arange(position.size), jnp.arange(seen.shape[1])
-    newest = stretch = (at < position[:, None]) & (seen == seen[slot, position][:, None])
+    of, at = jnp.arange(position.size), jnp.arange(seen.shape[1])
+    newest = stretch = (at < position[:, None]) & (seen == seen[of, position][:, None])
     alike = jnp.zeros(seen.shape, jnp.int32)
     for back in range(CONTEXT):
-        before = seen[slot, jnp.maximum(position - back, 0)]
+        before = seen[of, jnp.maximum(position - back, 0)]
         same = jnp.pad(seen, ((0, 0), (back, 0)), constant_values=-2)[:, : at.size] == before[:, None]
         stretch &= same
         alike += same.astype(jnp.int32) + (stretch if back < STRETCH else 0)
     best = jnp.where(newest, alike * at.size + at, -1).max(axis=1)
     first = jnp.where(best < 0, 0, jax.lax.rem(best, at.size) + 1)  # 0: never
-    ahead = jnp.arange(count) % jnp.maximum(position + 1 - first, 1)[:, None]
-    return jnp.maximum(seen[slot[:, None], first[:, None] + ahead], 0)
+    period = jnp.maximum(position + 1 - first, 1)
+    return jnp.maximum(seen[slot, first[slot] + nth % period[slot]], 0)
+
+
+def _shares(live, room, count: int):
+    """How many of a step's `count` rows each slot has, [slots] int32: live ones as many, give or take one, but no more
+    than they have room for."""
+    number = jnp.maximum(live.sum(dtype=jnp.int32), 1)
+    more = jnp.cumsum(live, dtype=jnp.int32) <= count % number
+    return jnp.where(live, jnp.minimum(count // number + more, room), 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5))
-def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, table, ends, wake, steps):
-    """As `decode`, with `drafts` tokens guessed for each slot and checked in the same step (`SamplingConfig.drafts`).
+def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, table, ends, wake, steps, most):
+    """As `decode`, with up to `drafts` tokens guessed of each slot and checked in the same step, as many as its rows
+    have room for (`SamplingConfig.drafts`): the live slots share them.
 
     Each draw's key is that of its position, so what is drawn after a right guess is what would have been drawn anyway;
     what is drawn after a wrong one is dropped. seen: see `_look_up`, whatever it holds of others changes no result;
-    steps: at most TURNS. → (cache, slots, seen, tokens and log-probabilities [logged, slots], each slot's from 0 on,
-    [groups, 3] int32: steps, steps of all live slots together, tokens drawn).
+    steps: at most TURNS; most: [] int32, the tokens of a slot that pages are there for, after which it waits, at most
+    `logged`. → (cache, slots, seen, tokens and log-probabilities [logged, slots], each slot's from 0 on, [groups, 3]
+    int32: steps, steps of all live slots together, tokens drawn).
     """
-    chip, fresh = p.mesh.devices.flat[0], drafts + 1
-    most = logged(fresh)
+    chip, group = p.mesh.devices.flat[0], p.config.num_attention_heads // p.config.num_key_value_heads
 
-    def run(weights, layers, slots: Slots, seen, table, ends, wake, steps):
+    def run(weights, layers, slots: Slots, seen, table, ends, wake, steps, most):
         n = slots.token.size
-        slot, nth = jnp.arange(n), jnp.arange(fresh, dtype=jnp.int32)
+        count_of_rows, kept, slot = rows_of_step(n, drafts), logged(n, drafts), jnp.arange(n)
 
         def going(carry):
-            _, slots, *_, gain = carry
-            return (gain[0] < steps) & (slots.done.sum() < wake[0])
+            _, slots, _, count, *_, gain = carry
+            waits = (~slots.done & (count >= most)).any()
+            return (gain[0] < steps) & (slots.done.sum() < wake[0]) & ~waits
 
         def body(carry):
             layers, s, seen, count, tokens, logprobs, gain = carry
             goes_on = gain[0] < steps
-            live = ~s.done & goes_on
             seen = seen.at[slot, s.position].set(s.token)
-            guess = _look_up(seen, s.position, drafts)
-            room = jnp.clip(s.limit - s.produced, 1, fresh)
-            place = kv.Place(s.position, live, table, 0, fresh=fresh, room=room)
-            rows = jnp.concatenate([s.token[:, None], guess], axis=1).reshape(-1)
-            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, rows, place)
+            room = jnp.minimum(jnp.minimum(s.limit - s.produced, most - count), 1 + drafts)
+            share = _shares(~s.done & goes_on & (room > 0), room, count_of_rows)
+            live = share > 0
+            of, nth, there, _ = held = gpu.share_out(share, count_of_rows, group)
+            text = jnp.where(nth == 0, s.token[of], _look_up(seen, s.position, of, jnp.maximum(nth - 1, 0)))
+            used = share.sum(dtype=jnp.int32)
+            place = kv.Place(s.position, live, table, 0, used=used, rows=held)
+            layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, text, place)
             with jax.named_scope("draw"):
-                key = _fold(jnp.repeat(s.key, fresh, axis=0), (s.produced[:, None] + nth).reshape(-1))
-                drawn = _draw(p, weights, hidden, key, chip.platform)
-                token, logprob = (x.reshape(n, fresh) for x in drawn)
-            ended = (token[..., None] == ends).any(axis=-1) if ends.size else jnp.zeros(token.shape, bool)
-            # A token counts after right guesses alone, with none that ended the response, and where there is room.
-            holds = jnp.pad((token[:, :-1] == guess) & ~ended[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-            counts = jnp.cumprod(holds, axis=1, dtype=jnp.int32).astype(bool) & (nth < room[:, None]) & live[:, None]
-            more = counts.sum(axis=1, dtype=jnp.int32)
-            produced, position = s.produced + more, s.position + more
-            to = jnp.where(counts, count[:, None] + nth, most)
+                key = _fold(s.key[of], s.produced[of] + nth)
+                token, logprob = _draw(p, weights, hidden, key, chip.platform, used)
+            ended = (token[:, None] == ends).any(axis=1) if ends.size else jnp.zeros(token.shape, bool)
+            # A token counts after right guesses alone, and with none that ended the response.
+            holds = (nth == 0) | ((text == jnp.roll(token, 1)) & ~jnp.roll(ended, 1))
+            wrong, first = jnp.cumsum(~holds, dtype=jnp.int32), jnp.cumsum(share) - share
+            counts = there & (wrong == wrong[first[of]])
+            mine = (of == slot[:, None]) & counts  # [slots, rows]
+            more = mine.sum(axis=1, dtype=jnp.int32)
+            produced = s.produced + more
             new = Slots(
-                token=jnp.where(live, token[slot, jnp.maximum(more - 1, 0)], s.token),
-                position=position,
+                token=jnp.where(live, token[first + more - 1], s.token),
+                position=s.position + more,
                 produced=produced,
                 limit=s.limit,
-                done=s.done | (ended & counts).any(axis=1) | (produced >= s.limit),
+                done=s.done | (mine & ended).any(axis=1) | (produced >= s.limit),
                 key=s.key,
             )
-            seen = seen.at[slot[:, None], jnp.where(counts, s.position[:, None] + 1 + nth, seen.shape[1])].set(
-                token, mode="drop"
-            )
-            tokens, logprobs = (
-                log.at[to, slot[:, None]].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob))
-            )
+            seen = seen.at[of, jnp.where(counts, s.position[of] + 1 + nth, seen.shape[1])].set(token, mode="drop")
+            to = jnp.where(counts, count[of] + nth, kept)
+            tokens, logprobs = (log.at[to, of].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob)))
             gain += jnp.stack([goes_on.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
             return layers, new, seen, count + more, tokens, logprobs, gain
 
-        log = jnp.zeros((most, n), jnp.int32), jnp.zeros((most, n), jnp.float32)
+        log = jnp.zeros((kept, n), jnp.int32), jnp.zeros((kept, n), jnp.float32)
         start = layers, slots, seen, jnp.zeros(n, jnp.int32), *log, jnp.zeros(3, jnp.int32)
-        layers, slots, seen, _, *log, gain = jax.lax.while_loop(going, _repeated(body, together(p, n * fresh)), start)
+        layers, slots, seen, _, *log, gain = jax.lax.while_loop(
+            going, _repeated(body, together(p, count_of_rows)), start
+        )
         return layers, slots, seen, *log, gain[None]
 
     by_slot, log = P("data"), P(None, "data")
-    in_specs = decoder.specs(p.config, p.tensor, p.layout), p.cache_spec, by_slot, by_slot, by_slot, P(), by_slot, P()
+    specs = decoder.specs(p.config, p.tensor, p.layout)
+    in_specs = specs, p.cache_spec, by_slot, by_slot, by_slot, P(), by_slot, P(), P()
     return _mapped(p, run, in_specs, (p.cache_spec, by_slot, by_slot, log, log, by_slot))(
-        weights, layers, slots, seen, table, ends, wake, steps
+        weights, layers, slots, seen, table, ends, wake, steps, most
     )
