@@ -50,7 +50,8 @@ ROWS = 256  # responses that are started, or pages that are copied, at once
 COMMON_PROMPT = 2048  # calls whose prompts have no more tokens share their programs
 TAIL = 256  # tokens that the last responses must still be able to take before moving them to fewer slots pays
 PATIENCE = 8  # rounds in which pages are short before slots that stay idle are given up
-LEAST_GAIN = 1.1  # tokens a step, below which guessing some is given up for the rest of a call
+LEAST_GAIN = 0.1  # tokens more a step of each slot with guesses, below which these are given up for a call's rest,
+TRIED = 256  # judged by so many such steps or more
 KEPT = 64  # rounds whose tokens are kept to guess from
 AHEAD = "gpu", "tpu"  # layouts whose programs are compiled before they are needed
 
@@ -249,6 +250,7 @@ class _Run:
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
         self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
         self.sizes = sizes(plan.slots, sampler.layout, self.drafts)
+        self.gain = np.zeros(2, int)  # steps of slots with guesses, and tokens that these gained
         self.seen = None  # tokens by position, to guess from
         self.kept_out: list[int] = []  # responses in flight in the last rounds in which pages were all that lacked
         self.pace = 0.0  # responses of a group that end in a step, as of late
@@ -543,9 +545,10 @@ class _Run:
                 ended += 1
         taken = int(max(r.count.max() for r in rounds))
         if gain is not None:
-            taken, of_slots, drawn = np.asarray(gain).T
-            taken = int(taken.max())
-            if drawn.sum() < LEAST_GAIN * of_slots.sum():
+            taken = int(np.asarray(gain)[:, 0].max())
+            self.gain += np.asarray(gain)[:, 1:].sum(axis=0)
+            tried, gained = self.gain
+            if tried >= TRIED and gained < LEAST_GAIN * tried:
                 self.drafts = 0
                 self.sizes = sizes(self.sizes[0], self.s.layout)
         self.pace = (self.pace + ended / max(1, taken) / len(self.groups)) / 2

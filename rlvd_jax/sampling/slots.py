@@ -319,7 +319,7 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
     what is drawn after a wrong one is dropped. seen: see `_look_up`, whatever it holds of others changes no result;
     steps: at most TURNS; most: [] int32, the tokens of a slot that pages are there for, after which it waits, at most
     `logged`. → (cache, slots, seen, tokens and log-probabilities [logged, slots], each slot's from 0 on, [groups, 3]
-    int32: steps, steps of all live slots together, tokens drawn).
+    int32: steps; of all slots together, steps for which some was guessed; tokens drawn by right guesses).
     """
     chip, group = p.mesh.devices.flat[0], p.config.num_attention_heads // p.config.num_key_value_heads
 
@@ -366,7 +366,8 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             seen = seen.at[of, jnp.where(counts, s.position[of] + 1 + nth, seen.shape[1])].set(token, mode="drop")
             to = jnp.where(counts, count[of] + nth, kept)
             tokens, logprobs = (log.at[to, of].set(x, mode="drop") for log, x in ((tokens, token), (logprobs, logprob)))
-            gain += jnp.stack([goes_on.astype(jnp.int32), live.sum(dtype=jnp.int32), more.sum()])
+            guessed = (share > 1).sum(dtype=jnp.int32)
+            gain += jnp.stack([goes_on.astype(jnp.int32), guessed, (more - live).sum(dtype=jnp.int32)])
             return layers, new, seen, count + more, tokens, logprobs, gain
 
         log = jnp.zeros((kept, n), jnp.int32), jnp.zeros((kept, n), jnp.float32)
