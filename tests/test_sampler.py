@@ -877,7 +877,7 @@ ON_FOUR = """
 
     def split(name, layout, tensor, devices=None):
         model = random_model(CONFIGS[name])
-        settings = SETTINGS.model_copy(update={"tensor": tensor, "slots": 8, "max_tokens": 30})
+        settings = SETTINGS.model_copy(update={"tensor": tensor, "slots": 8, "max_tokens": 30, "drafts": 3})
         sampler = Sampler(model.config, settings, (), layout=layout, devices=devices)
         sampler.load(params_of(model))
         down = sampler.weights["layers"][0]["down"]
@@ -886,21 +886,22 @@ ON_FOUR = """
         return run(sampler, requests)
 
     requests = pickle.load(sys.stdin.buffer)
-    sampler_module.AHEAD, seen = ("interpret",), compilations()
-    for name, splits in (("tied", [("interpret", 2), ("plain", 4)]), ("untied", [("plain", 2)])):
+    sampler_module.AHEAD, sampler_module.LEAST_GAIN, seen = ("interpret",), 0, compilations()
+    for name, splits in (("tied", [("interpret", 1), ("interpret", 2), ("plain", 4)]), ("untied", [("plain", 2)])):
         whole = split(name, "plain", 1, jax.devices()[:1])
         for layout, tensor in splits:
             seen.clear()
             assert_same(split(name, layout, tensor), whole)
             by = "compiler" if layout == "interpret" else "sampler"
-            for program in ("jit(prefill)", "jit(insert)", "jit(decode)"):
+            decode = "jit(decode_drafts)" if (layout, tensor) == ("interpret", 1) else "jit(decode)"
+            for program in ("jit(prefill)", "jit(insert)", decode):
                 assert {thread for what, thread in seen if what == program} == {by}, program
 """
 
 
 def test_weights_split_over_devices(requests):
-    """Two groups of two devices, and one of four, draw what one device does: with more devices than key-value heads,
-    and with a vocabulary that can be split and one that cannot."""
+    """Four devices, two groups of two, and one of four draw what one device does: with guesses, with more devices than
+    key-value heads, and with a vocabulary that can be split and one that cannot."""
     few = [Request(r.prompt, r.question, r.samples[:2]) for r in requests]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", textwrap.dedent(ON_FOUR)]
