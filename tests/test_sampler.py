@@ -741,8 +741,14 @@ def test_a_pool_that_runs_dry(model, requests, whole, drafts):
             assert sorted([*g.pool.free, *shared, *set(own).difference(shared)]) == list(range(40))
         refill(self)
 
+    def guessed(*args, decode=device.decode_drafts):
+        *out, gain = decode(*args)
+        assert gain[0, 0] < int(args[-1]) + 8, "steps, of 8 together, when no slot may take one more"
+        return *out, gain
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler_module._Run, "_refill", watch)
+        patch.setattr(device, "decode_drafts", guessed)
         assert_same(run(sampler, requests), whole)
     assert sampler.counts["given_up"] > 5
     assert groups[0].pool.left == 40
@@ -786,12 +792,17 @@ def test_what_is_guessed():
     np.testing.assert_array_equal(guesses.reshape(-1, 3), list(texts.values()))
 
 
-def test_drafts_save_steps(requests):
-    """Of a model that repeats itself: without what its layers add, a token is likeliest to follow itself."""
+@pytest.fixture(scope="module")
+def repeating():
+    """A model that repeats itself: without what its layers add, a token is likeliest to follow itself."""
     model = random_model(TIED)
     for weight in (model.layers.o, model.layers.down):
         weight.set_value(jnp.zeros_like(weight.get_value()))
-    requests = [dataclasses.replace(r, samples=(0, 1)) for r in requests[:6]]
+    return model
+
+
+def test_drafts_save_steps(repeating, requests):
+    model, requests = repeating, [dataclasses.replace(r, samples=(0, 1)) for r in requests[:6]]
     how = {"slots": 12, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     alone = paged(model, **how)
     expected = run(alone, requests)
@@ -799,6 +810,18 @@ def test_drafts_save_steps(requests):
     sampler = paged(model, **how, drafts=3)
     assert_same(run(sampler, requests), expected)
     assert sampler.counts["steps"] < 0.5 * alone.counts["steps"]
+
+
+def test_no_guess_counts_after_the_end(repeating):
+    """Where the text says that an end token comes again and again, and the first draw is one."""
+    ends, how = (5, 9), {"slots": 12, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    requests = [Request((1, *[token] * 6), token, (0, 1, 2, 3)) for token in ends]
+    expected = run(make_sampler(repeating, ends, **how), requests)
+    assert sum(len(c.tokens) == 1 for c in expected.values()) > 2
+    settings = SETTINGS.model_copy(update={**how, "drafts": 3})
+    sampler = Sampler(repeating.config, settings, ends, layout="interpret")
+    sampler.load(params_of(repeating))
+    assert_same(run(sampler, requests), expected)
 
 
 def test_drafts_know_the_text(model, requests, whole, monkeypatch):

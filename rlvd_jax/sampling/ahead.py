@@ -31,9 +31,7 @@ class Ahead:
         """Those of them that were not asked for before."""
         new = {name: lower for name, lower in programs.items() if name not in self._asked}
         self._asked.update(new)
-        for name in new:
-            self._lowering[name] = Future()
-            self._compiling.pop(name, None)  # that was given up
+        self._lowering.update({name: Future() for name in new})
         if new:
             workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
             pool = ThreadPoolExecutor(workers, thread_name_prefix="compiler")
