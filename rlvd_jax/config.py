@@ -93,9 +93,9 @@ class SamplingConfig(Settings):
     tensor: Positive | None = None
     """Devices that share one copy of the weights while sampling; none: as few as hold them."""
     drafts: Annotated[int, Field(ge=0, le=63)] = 63
-    """On a GPU whose last 64 responses are in flight, guess tokens of each, at most so many, from what followed where
-    its text was most like its end, and check them in the same step, which has 64 rows for all: 1 of each of 32, 5 of
-    10, 63 of the last. The same responses, in fewer steps where text repeats itself. Given up where it doesn't."""
+    """On a GPU or TPU whose last 64 responses are in flight, guess tokens of each, at most so many, from what followed
+    where its text was most like its end, and check them in the same step, which has 64 rows for all: 1 of each of 32, 5
+    of 10, 63 of the last. The same responses, in fewer steps where text repeats itself. Given up where it doesn't."""
 
     def identity(self) -> dict:
         """What a response depends on, as JSON-able data."""

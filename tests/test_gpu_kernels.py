@@ -11,6 +11,7 @@ from test_filters import exact, p_value
 
 from rlvd_jax.qwen2.layers import rms_norm, rope_table, rotate
 from rlvd_jax.sampling import filters, gpu, slots
+from rlvd_jax.sampling.rows import share_out
 
 INTERPRET = jax.default_backend() != "gpu"
 PAGE = 16
@@ -92,7 +93,7 @@ def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits, fr
     table = jnp.asarray(np.random.RandomState(3).permutation(pages).reshape(slots, 10), jnp.int32)
     position, share = np.array([40, 30, -1, 159, 0]), np.array([fresh, fresh, 0, 1, 3])
     count = 4 * fresh + 2
-    rows = gpu.share_out(jnp.asarray(share, jnp.int32), count, heads // kv_heads)
+    rows = share_out(jnp.asarray(share, jnp.int32), count, heads // kv_heads)
     slot, nth, there = (np.array(x) for x in rows[:3])
     whose = [(s, i) for s, n in enumerate(share) for i in range(n)]
     assert list(zip(slot[there].tolist(), nth[there].tolist(), strict=True)) == whose and there.sum() == len(whose)

@@ -25,6 +25,7 @@ from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.ahead import Ahead
 from rlvd_jax.sampling.books import Group, Plan
+from rlvd_jax.sampling.rows import share_out, shares
 
 ROOT = Path(__file__).parents[1]
 TIED = CONFIGS["tied"]
@@ -863,17 +864,17 @@ def test_drafts_know_the_text(model, requests, whole, monkeypatch):
 def test_rows_are_shared():
     """By those that are live, as many for each, give or take one, up to what each has room for."""
     live, room = np.array([True, False, True, True, True]), np.array([9, 9, 9, 1, 9])
-    assert device._shares(live, jnp.asarray(room), 14).tolist() == [4, 0, 4, 1, 3]
-    assert device._shares(~live, jnp.asarray(room), 14).tolist() == [0, 9, 0, 0, 0]
-    assert device._shares(live & False, jnp.asarray(room), 14).tolist() == [0] * 5
-    rows = gpu.share_out(jnp.array([4, 0, 4, 1, 3]), 14, 16)
+    assert shares(live, jnp.asarray(room), 14).tolist() == [4, 0, 4, 1, 3]
+    assert shares(~live, jnp.asarray(room), 14).tolist() == [0, 9, 0, 0, 0]
+    assert shares(live & False, jnp.asarray(room), 14).tolist() == [0] * 5
+    rows = share_out(jnp.array([4, 0, 4, 1, 3]), 14, 16)
     assert rows.slot[rows.there].tolist() == [0] * 4 + [2] * 4 + [3] + [4] * 3
     assert rows.nth[rows.there].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 2]
     assert rows.tile[:4].tolist() == [[0, 4], [4, 4], [8, 1], [9, 3]] and set(rows.tile[4:, 1].tolist()) == {0}
     for slots in (1, 7, 16, 64):  # there are programs for all rows, however many slots are live
         for number in range(1, slots + 1):
-            share = device._shares(jnp.arange(slots) < number, 64, 64)
-            tile = gpu.share_out(share, 64, 6).tile
+            share = shares(jnp.arange(slots) < number, 64, 64)
+            tile = share_out(share, 64, 6).tile
             assert share.sum() == tile[:, 1].sum() == 64, (slots, number)
 
 

@@ -25,8 +25,10 @@ from rlvd_jax.qwen2.layers import rope_table
 from rlvd_jax.qwen2.mesh import make_mesh, param_shardings
 from rlvd_jax.qwen2.weights import by_path
 from rlvd_jax.sampling import Sampler, cache, decoder, tpu
+from rlvd_jax.sampling import sampler as sampler_module
 from rlvd_jax.sampling import slots as device
 from rlvd_jax.sampling.memory import PREFILL, SHARE, Demand, bucket, weight_bytes
+from rlvd_jax.sampling.rows import share_out
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
@@ -86,6 +88,15 @@ class Programs:
         rest = table, self.int32(2, spec=WHOLE), self.int32(1), self.int32(spec=WHOLE)
         return device.decode.trace(self.p, self.plan.length, self.weights, self.pool, self.slots, *rest)
 
+    def decode_drafts(self, slots, drafts=63):
+        of_slots = jax.tree.map(
+            lambda x: self.like(jax.ShapeDtypeStruct((slots, *x.shape[1:]), x.dtype), SPLIT), self.slots
+        )
+        table = self.int32(slots, cache.pages_of(self.plan.length, self.p.layout))
+        number, ends = self.int32(spec=WHOLE), self.int32(2, spec=WHOLE)
+        rest = self.int32(slots, self.plan.length), table, ends, self.int32(1), number, number
+        return device.decode_drafts.trace(self.p, drafts, self.weights, self.pool, of_slots, *rest)
+
     def prefill(self, time=PROMPT):
         return device.prefill.trace(self.p, self.weights, self.int32(PREFILL, time), self.int32(PREFILL))
 
@@ -108,7 +119,7 @@ def assert_in_place(programs, text, memory):
     assert memory.alias_size_in_bytes >= pool
     shape = programs.pool[0][0].sharding.shard_shape(programs.pool[0][0].shape)
     assert f"bf16[{','.join(map(str, shape))}]" in text
-    for view in (shape, (np.prod(shape[:3]), shape[3])):
+    for view in (shape, (np.prod(shape[:3]), shape[3]), (np.prod(shape[:3]), *shape[3:])):
         assert not re.search(rf"= bf16\[{','.join(map(str, view))}\]\S* (copy|transpose|copy-start)\(", text)
 
 
@@ -142,6 +153,18 @@ FULL += [("1.5B", "v5e-1", 1, 32512), ("3B", "v5p-8", 1, 32512), ("7B", "v6e-4",
 def test_decoding(size, name, tensor):
     """Few layers, each with more pages; without top-k, which takes the compiler most of its time."""
     assert_decodes(Programs(size, name, tensor, layers=2, top_k=0))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("size, name, slots", [("1.5B", "v5e-1", 64), ("1.5B", "v5p-8", 16), ("0.5B", "v6e-1", 16)])
+def test_guessing(size, name, slots):
+    """Few layers, each with more pages: a kernel for several new tokens, which are written where the pool lies."""
+    programs = Programs(size, name, 1, layers=2)
+    program = compiled(programs.decode_drafts(slots))
+    text, memory = program.as_text(), program.memory_analysis()
+    assert kernels(text, "paged_attention_several") == 2
+    assert_in_place(programs, text, memory)
+    assert memory.peak_memory_in_bytes <= 0.93 * programs.target.memory
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +278,62 @@ def test_attention_to_pages_is_that_of_the_plain_form(heads, kv_heads, head_dim,
     assert (np.float32(new) != theirs).sum() < 0.5 * live.sum() * columns
 
 
+@pytest.mark.parametrize("heads, kv_heads, head_dim, cores", [(6, 2, 128, 1), (7, 1, 64, 2)])
+def test_attention_of_several_new_tokens_is_that_of_one_after_the_other(heads, kv_heads, head_dim, cores, monkeypatch):
+    """Tokens that begin a page and an item of pages, an idle slot, rows that are nobody's, a table taken in parts."""
+    size, room = cache.page_size("tpu"), 512
+    monkeypatch.setattr(tpu, "CHUNK", 2)
+    monkeypatch.setattr(tpu, "TABLE", 3 * room // size)
+    monkeypatch.setattr(tpu, "ROUND", 4 * tpu.PAGES * math.prod(tpu.page_shape(kv_heads, size, head_dim)))  # two items
+    position, share = np.array([40, 253, -1, 63, 0]), np.array([9, 9, 0, 1, 4])
+    slots, pages, live = len(position), 5 * room // size + 3, share > 0
+    draw = np.random.RandomState(0)
+    random = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    table = jnp.asarray(draw.permutation(pages)[: slots * room // size].reshape(slots, -1), jnp.int32)
+    layer = plain = random(slots, kv_heads, head_dim, room), random(slots, kv_heads, room, head_dim)
+    paged = [np.zeros((pages, kv_heads, size, head_dim), np.float32) for _ in plain]
+
+    def copy(keys, values):
+        for slot, i in np.ndindex(*table.shape):
+            part = slice(i * size, (i + 1) * size)
+            paged[0][table[slot, i]] = np.float32(keys)[slot, :, :, part].swapaxes(1, 2)
+            paged[1][table[slot, i]] = np.float32(values)[slot, :, part]
+        return tpu.pages(*(jnp.asarray(x, jnp.bfloat16) for x in paged))
+
+    pool = copy(*plain)
+    columns, count = (heads + 2 * kv_heads) * head_dim, 40
+    qkv, bias = random(count, columns), random(columns)
+    rows = share_out(jnp.asarray(share, jnp.int32), count, heads // kv_heads)
+    first, expected, at = np.cumsum(share) - share, {}, jnp.asarray(np.maximum(position, 0))
+    for nth in range(share.max()):
+        row, more = first + nth, share > nth
+        rope = rope_table(at + nth, head_dim, 1e6)
+        place = cache.Place(at + nth, jnp.asarray(more), table, room)
+        new, out = cache.attend(layer, "plain", qkv[np.minimum(row, count - 1)], bias, rope, heads, place)
+        layer = tuple(jnp.where(more[:, None, None, None], a, b) for a, b in zip(new, layer, strict=True))
+        expected |= {row[slot]: np.float32(out)[slot] for slot in np.flatnonzero(more)}
+
+    place = cache.Place(at, jnp.asarray(live), table, 0, cores, rows=rows)
+    rope = rope_table(at[rows.slot] + rows.nth, head_dim, 1e6)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True)):
+        place = cache.planned(place, "tpu", [(pool,)])
+        (new,), out = jax.block_until_ready(cache.attend((pool,), "tpu", qkv, bias, rope, heads, place))
+    assert len(place.items) > 1 and not interpreted.races.races_found and sorted(expected) == list(range(share.sum()))
+    out = np.float32(out)
+    difference = np.abs(out[: share.sum()] - np.array([expected[row] for row in sorted(expected)]))
+    assert difference.max() < 0.02 * np.abs(out).max() and difference.mean() < 2e-3 and not out[share.sum() :].any()
+    theirs = np.float32(copy(*layer))
+    np.testing.assert_allclose(np.float32(new), theirs, rtol=2**-6, atol=2**-6)
+    assert (np.float32(new) != theirs).sum() < 0.5 * share.sum() * columns
+
+
 def test_sampling_from_pages(monkeypatch):
-    """The whole sampler with the kernel, its slots refilled: log-probabilities are those of the model."""
+    """The whole sampler with the kernels, its slots refilled: log-probabilities are those of the model."""
     monkeypatch.setattr(cache, "page_size", {"tpu": 16}.get)  # of which prompts take up to two
     config = dataclasses.replace(TIED, num_hidden_layers=1)
     model = random_model(config, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
-    settings = SamplingConfig(temperature=0.9, top_k=20, max_tokens=5, slots=4)
+    monkeypatch.setattr(sampler_module, "TRIED", 50)  # then with no guesses
+    settings = SamplingConfig(temperature=0.9, top_k=20, max_tokens=5, slots=4, drafts=2)
     sampler = Sampler(config, settings, (), dtype=jnp.bfloat16, layout="tpu")
     sampler.load(params_of(model))
     requests = some_requests(samples=1, count=6)

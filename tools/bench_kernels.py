@@ -31,6 +31,7 @@ import workloads
 
 from rlvd_jax.qwen2.layers import rope_table
 from rlvd_jax.sampling import cache, decoder, gpu, hopper
+from rlvd_jax.sampling.rows import share_out
 
 INTERPRET = jax.default_backend() != "gpu"
 CACHED = 2**16 if INTERPRET else 2**28  # bytes that no cache of the chip holds
@@ -208,7 +209,7 @@ class Attend(Case):
         parts = gpu.tiling(rows, c.hidden_size, columns)["splits"] if rows <= gpu.FEW else 1
         qkv = normal(98, parts, rows, columns).astype(jnp.bfloat16 if parts == 1 else jnp.float32)
         share = jnp.full(self.slots, fresh, jnp.int32)
-        of = gpu.share_out(share, rows, c.num_attention_heads // c.num_key_value_heads) if fresh > 1 else None
+        of = share_out(share, rows, c.num_attention_heads // c.num_key_value_heads) if fresh > 1 else None
         rope = rope_table((position[:, None] + jnp.arange(fresh)).reshape(-1), c.head_dim, c.rope_theta)
         number = copies(self.bytes, 2, 8)
         biases = [normal(97 - i, columns) for i in range(number)]  # or the library adds one up for all

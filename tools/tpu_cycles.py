@@ -91,8 +91,8 @@ def account(compile, folder: Path, rounds) -> dict[tuple[str, str], float]:
     return cycles
 
 
-def decode_program(c, device, slots: int, length: int):
-    """The traced decode program of one device of a slice, with pages for all."""
+def decode_program(c, device, slots: int, length: int, drafts: int = 0):
+    """The traced decode program of one device of a slice, with pages for all; drafts: see `SamplingConfig.drafts`."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -112,10 +112,11 @@ def decode_program(c, device, slots: int, length: int):
     width = cache.pages_of(length, layout)
     pool, state = jax.eval_shape(of_device.empty, p, slots, slots * width // 2)
     int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    rest = weights, pool, state, int32(slots, width), int32(2), int32(1), int32()
+    rest = int32(slots, width), int32(2), int32(1), int32()
+    rest = [weights, pool, state, *([int32(slots, length), *rest, int32()] if drafts else rest)]
     whole = NamedSharding(mesh, P())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), rest)
-    return of_device.decode.trace(p, length, *placed)
+    return of_device.decode_drafts.trace(p, drafts, *placed) if drafts else of_device.decode.trace(p, length, *placed)
 
 
 def main():
@@ -124,6 +125,7 @@ def main():
     parser.add_argument("--size", choices=("0.5B", "1.5B", "3B"), default="1.5B")
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--positions", type=int, default=440, help="that each response has, on average")
+    parser.add_argument("--drafts", type=int, default=0, help="tokens guessed of each of up to 64, at most")
     parser.add_argument("--most", type=int, default=20, help="kernels that are named")
     options = parser.parse_args()
 
@@ -148,19 +150,25 @@ def main():
 
 
 def decode(c, device, options, folder: Path) -> dict:
-    from rlvd_jax.sampling import tpu
+    from rlvd_jax.sampling import rows, tpu
+    from rlvd_jax.sampling import slots as of_device
 
-    length = -(-2 * options.positions // 64) * 64
-    items = options.slots * (options.positions / (tpu.PAGES * 64) + 0.5)
+    length, programs = -(-2 * options.positions // 64) * 64, options.slots
+    if options.drafts:  # each works on some rows of a slot
+        count = of_device.rows_of_step(options.slots, options.drafts)
+        each = rows.tile_rows(count, options.slots, c.num_attention_heads // c.num_key_value_heads)
+        programs *= -(-count // (options.slots * each))
+    items = programs * (options.positions / (tpu.PAGES * 64) + 0.5)
 
     def rounds(name: str) -> float:  # of the kernel's rounds for a chunk of slots, and of one slot's items
         shape = tpu.Shape(c.num_attention_heads, c.num_key_value_heads, c.head_dim, 64, tpu.CHUNK, 1)
-        each = {"paged_attention": items / (options.slots / tpu.CHUNK) / shape.together, "items": items / options.slots}
+        of_chunk = items / max(1, programs / tpu.CHUNK) / shape.together
+        each = {"paged_attention": of_chunk, "paged_attention_several": of_chunk, "items": items / programs}
         return each.get(name.split(".")[0], 1.0)
 
     def layers(n: int) -> dict:
         some = dataclasses.replace(c, num_hidden_layers=n)
-        program = decode_program(some, device, options.slots, length)
+        program = decode_program(some, device, options.slots, length, options.drafts)
         return account(lambda: program.lower().compile(), folder, rounds)
 
     one, two = layers(1), layers(2)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from rlvd_jax.qwen2.config import Qwen2Config
 from rlvd_jax.qwen2.layers import rotate
 from rlvd_jax.sampling import gpu, tpu
+from rlvd_jax.sampling.rows import Rows
 
 Layout = Literal["plain", "gpu", "tpu", "interpret"]
 """`plain`, or whose kernel attends to pages; `interpret` is the GPU's, step by step on any device, for tests."""
@@ -36,7 +37,7 @@ class Place(NamedTuple):
     span: int  # `plain`: no position at or beyond it is filled
     cores: int = 1  # of a TPU's chip, which work as one device
     used: jax.Array | None = None  # [] int32: so many rows come first, and nothing need be found for the others
-    rows: gpu.Rows | None = None  # of several new tokens of a slot, for the GPU's kernel only; else one of each
+    rows: Rows | None = None  # of several new tokens of a slot, for kernels only; else one of each
     items: list[tuple[int, tpu.Plan]] | None = None  # of a TPU's kernel, see `planned`
 
 
@@ -44,8 +45,10 @@ def planned(place: Place, layout: Layout, layers) -> Place:
     """With what the kernel needs to know of all slots, which is the same in each layer of the cache."""
     if layout != "tpu":
         return place
-    position = jnp.where(place.live, place.position, -1)
-    return place._replace(items=tpu.plan(position, place.table, layers[0][0].shape, place.cores))
+    position, shape = jnp.where(place.live, place.position, -1), layers[0][0].shape
+    if place.rows is None:
+        return place._replace(items=tpu.plan(position, place.table, shape, place.cores))
+    return place._replace(items=tpu.plan_several(position, place.table, place.rows, shape, place.cores))
 
 
 def choose_layout(c: Qwen2Config, dtype, platform: str) -> Layout:
@@ -115,12 +118,16 @@ def attend(layer, layout: Layout, qkv, bias, rope, heads: int, place: Place):
     positions. → (the layer's cache, [rows, heads * head_dim]). For the GPU's kernel qkv has a leading axis of parts,
     see `gpu.product`.
     """
+    position = jnp.where(place.live, place.position, -1)
     if layout == "tpu":
-        out, pool = tpu.attend(qkv, bias, rope, place.items, *layer, heads=heads, cores=place.cores)
+        if place.rows is None:
+            out, pool = tpu.attend(qkv, bias, rope, place.items, *layer, heads, place.cores)
+        else:
+            where = place.rows, position, place.table, place.items
+            out, pool = tpu.attend_several(qkv, bias, rope, *where, *layer, heads, place.cores)
         return (pool,), out
     keys, values = layer
     if layout in ("gpu", "interpret"):
-        position = jnp.where(place.live, place.position, -1)
         how = {"heads": heads, "interpret": layout == "interpret"}
         out, *layer = gpu.attend(qkv, bias, rope, position, place.table, keys, values, place.rows, **how)
         return tuple(layer), out

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from rlvd_jax.qwen2.layers import swiglu
 from rlvd_jax.sampling import hopper
+from rlvd_jax.sampling.rows import Rows, tile_rows
 
 LEAST = -1e30  # below every score, and finite: no difference of two is undefined
 QUERIES = 16  # rows of the smallest matrix product that the tensor cores take
-TILE = 64  # rows of one program of attention, at most: a query head of one of several tokens each
 PARALLEL = 512  # programs that keep a whole chip busy
 MOST_K = 64  # the largest k that `draw` takes: a row's candidates are held in registers
 BLOCK = hopper.GROUP  # tokens of the vocabulary that share a maximum
@@ -150,40 +150,6 @@ def _added(ref, row, column, there, dtype):
 # In kernels, `lax.div` and `lax.rem` are not // and %, whose care for signs hides from the compiler what is contiguous.
 
 
-class Rows(NamedTuple):
-    """Whose the rows of a step are, where a slot may have several: its new tokens one after the other, slot by slot."""
-
-    slot: jax.Array  # [rows] int32
-    nth: jax.Array  # [rows] int32, of its slot's
-    there: jax.Array  # [rows] bool: the last ones may be nobody's
-    tile: jax.Array  # [tiles, 2] int32: the first row, and how many, of each program of attention
-
-
-def share_out(share, rows: int, group: int) -> Rows:
-    """`rows` of a step for slots of which each has its share, [slots] int32, where no live one's is greater than if all
-    live ones had as many, rounded up. group: query heads of a key head."""
-    slots, tile = share.size, _tile(rows, share.size, group)
-    tiles = max(live * pl.cdiv(pl.cdiv(rows, live), tile) for live in range(1, slots + 1))
-
-    def places(each, count: int):
-        """(whose, the how many-th of these, whether it is anyone's) of `count` things, of which each slot has some."""
-        ends, at = jnp.cumsum(each), jnp.arange(count, dtype=jnp.int32)
-        slot = jnp.minimum((at[:, None] >= ends).sum(axis=1, dtype=jnp.int32), slots - 1)
-        there = at < ends[-1]
-        return slot, jnp.where(there, at - (ends - each)[slot], 0), there
-
-    slot, nth, there = places(share, rows)
-    of, part, used = places(pl.cdiv(share, tile), tiles)
-    first = (jnp.cumsum(share) - share)[of] + part * tile
-    return Rows(slot, nth, there, jnp.stack([first, jnp.where(used, jnp.minimum(share[of] - part * tile, tile), 0)], 1))
-
-
-def _tile(rows: int, slots: int, group: int) -> int:
-    """How many rows of a slot share a program: as many as the registers have room for, since what programs share they
-    read again, and no more than slots have, give or take."""
-    return min(2 ** ((TILE // group).bit_length() - 1), max(1, 2 * rows // slots))
-
-
 # Jitted, so that a kernel is traced once and not for every layer.
 @partial(jax.jit, static_argnames=("heads", "splits", "block", "num_warps", "num_stages", "interpret"))
 def attend(
@@ -250,7 +216,7 @@ def attend(
         appending = partial(_append, page_size=page_size, interpret=interpret)
         q, keys, values = appending(qkv, bias, rope, position, rows.slot, table, keys, values)
         out = pl.pallas_call(
-            partial(_attend_several_kernel, tile=_tile(count, len(table), group), **sizes),
+            partial(_attend_several_kernel, tile=tile_rows(count, len(table), group), **sizes),
             out_shape=out_shape,
             name="attend_pages_several",
             **how,

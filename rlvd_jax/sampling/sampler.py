@@ -248,7 +248,7 @@ class _Run:
         self.queue = collections.deque(self._pieces())
         self.prompts = None  # keys and values of those prefilled last
         self.counts = sampler.counts = {"slots": plan.slots, "steps": 0, "rounds": 0, "given_up": 0}
-        self.drafts = sampler.settings.drafts if sampler.layout in ("gpu", "interpret") and self.p.tensor == 1 else 0
+        self.drafts = sampler.settings.drafts if self.paged and self.p.tensor == 1 else 0
         self.sizes = sizes(plan.slots, sampler.layout, self.drafts)
         self.gain = np.zeros(2, int)  # steps of slots with guesses, and tokens that these gained
         self.seen = None  # tokens by position, to guess from

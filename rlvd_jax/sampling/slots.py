@@ -20,6 +20,7 @@ from rlvd_jax.qwen2.weights import by_path
 from rlvd_jax.sampling import cache as kv
 from rlvd_jax.sampling import decoder, gpu
 from rlvd_jax.sampling.filters import draw
+from rlvd_jax.sampling.rows import share_out, shares
 
 LOG = 128  # tokens of each slot that the devices write down before the host fetches them, where a step takes one
 TURNS = 64  # steps before the host fetches what they wrote down, where a step takes several
@@ -302,14 +303,6 @@ def _look_up(seen, position, slot, nth):
     return jnp.maximum(seen[slot, first[slot] + nth % period[slot]], 0)
 
 
-def _shares(live, room, count: int):
-    """How many of a step's `count` rows each slot has, [slots] int32: live ones as many, give or take one, but no more
-    than they have room for."""
-    number = jnp.maximum(live.sum(dtype=jnp.int32), 1)
-    more = jnp.cumsum(live, dtype=jnp.int32) <= count % number
-    return jnp.where(live, jnp.minimum(count // number + more, room), 0)
-
-
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4, 5))
 def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, table, ends, wake, steps, most):
     """As `decode`, with up to `drafts` tokens guessed of each slot and checked in the same step, as many as its rows
@@ -337,12 +330,12 @@ def decode_drafts(p: Program, drafts: int, weights, layers, slots: Slots, seen, 
             goes_on = gain[0] < steps
             seen = seen.at[slot, s.position].set(s.token)
             room = jnp.minimum(jnp.minimum(s.limit - s.produced, most - count), 1 + drafts)
-            share = _shares(~s.done & goes_on & (room > 0), room, count_of_rows)
+            share = shares(~s.done & goes_on & (room > 0), room, count_of_rows)
             live = share > 0
-            of, nth, there, _ = held = gpu.share_out(share, count_of_rows, group)
+            of, nth, there, _ = held = share_out(share, count_of_rows, group)
             text = jnp.where(nth == 0, s.token[of], _look_up(seen, s.position, of, jnp.maximum(nth - 1, 0)))
             used = share.sum(dtype=jnp.int32)
-            place = kv.Place(s.position, live, table, 0, used=used, rows=held)
+            place = kv.Place(s.position, live, table, 0, getattr(chip, "num_cores", 1), used, held)
             layers, hidden = decoder.step(p.config, p.tensor, p.layout, weights, layers, text, place)
             with jax.named_scope("draw"):
                 key = _fold(s.key[of], s.produced[of] + nth)

@@ -1,5 +1,5 @@
-"""Attention of one new token a slot to the pages of its response, on TPUs: bias, rotation, append and attention in one
-Pallas kernel.
+"""Attention of new tokens to the pages of their responses, on TPUs: of one a slot, bias, rotation, append and attention
+in one Pallas kernel; of several, attention alone, once they have been appended.
 
 A page holds the keys and values of all heads side by side, so it is one copy of 64 KiB (1.5B). A core works on items,
 each `PAGES` pages of a slot, one slot after the other, with many items' copies on their way whatever slots they are of;
@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rlvd_jax.qwen2.attention import LANES
+from rlvd_jax.qwen2.layers import rotate
+from rlvd_jax.sampling.rows import Rows, tile_rows
 
 PAGES = 4  # of an item
 ROUND = 2**20  # bytes of the items that are worked on together; twice as many are on their way to a core
@@ -39,10 +41,16 @@ class Shape(NamedTuple):
     size: int  # positions of a page
     chunk: int
     chunks: int  # of a core
+    tokens: int = 1  # of a slot; of several, queries come rotated and keys and values lie in their pages
 
     @property
     def packed(self) -> bool:
         return packed(self.dim)
+
+    @property
+    def found(self) -> int:
+        """Rows of a token's queries, some of them empty."""
+        return -(-self.heads // TILE) * TILE
 
     @property
     def item(self) -> int:
@@ -86,11 +94,13 @@ def pages(keys, values):
     return jnp.stack([jnp.pad(keys, pad), jnp.pad(values, pad)], axis=1)
 
 
-def _kernel(
-    s: Shape, count, item, at, first, page, qkv, bias, cos, sin, _, out, pool, query, new, ring, sums, total, *flags
-):
-    """One chunk of a core's slots. For `count` to `page` see `Plan`; _: the pool that comes in, which also goes out."""
-    arrived, written, writing = flags
+def _kernel(s: Shape, count, item, at, first, page, *refs):
+    """One chunk of a core's slots. For `count` to `page` see `Plan`."""
+    appends = s.tokens == 1
+    if appends:  # the pool that comes in also goes out
+        qkv, bias, cos, sin, _, out, pool, query, new, ring, sums, total, arrived, written, writing = refs
+    else:
+        query, pool, out, ring, sums, total, arrived = refs
     core, chunk = pl.program_id(0), pl.program_id(1)
     offset = core * (item.shape[0] // pl.num_programs(0))  # of its part of the lists
     everything = offset + count[core * s.chunks + s.chunks - 1]
@@ -114,35 +124,40 @@ def _kernel(
         there &= n < everything
         place = jnp.bitwise_and(n, s.ring - 1)
 
-        @pl.when(there & (writing[place] > 0))
-        def _():
-            back(place, 0, 0, 0).wait()
-            writing[place] = 0
+        if appends:
+
+            @pl.when(there & (writing[place] > 0))
+            def _():
+                back(place, 0, 0, 0).wait()
+                writing[place] = 0
 
         for copy, is_page in copies(n, place):
             pl.when(there & is_page)(copy.start)
 
     @pl.when(chunk == 0)
     def _():
-        for place in range(s.ring):
+        for place in range(s.ring if appends else 0):
             writing[place] = 0
         ring[...] = jnp.zeros_like(ring)  # what is not copied there must not be NaN
         pl.loop(0, s.ahead)(lambda n: fetch(offset + n, True))
 
-    # Queries and the newest keys, rotated; the newest values.
-    lanes, half = qkv.shape[-1], s.dim // 2
-    x = qkv[...].astype(jnp.float32) + bias[...].astype(jnp.float32)  # [chunk, rows, lanes]
-    lane, row = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (2, 1))
-    right, left = (pltpu.roll(x.reshape(-1, lanes), by, 1).reshape(x.shape) for by in (half, lanes - half))
-    turned = x * cos[...][:, None] + jnp.where(lane < half, left, right) * sin[...][:, None]
-    x = jnp.where(row >= s.heads + s.kv_heads, x, turned)
-    rows = query.shape[1]
-    query[...] = x[:, :rows].astype(query.dtype)
+    rows, lanes = query.shape[1:]
+    if appends:  # queries and the newest keys, rotated; the newest values
+        half = s.dim // 2
+        x = qkv[...].astype(jnp.float32) + bias[...].astype(jnp.float32)  # [chunk, rows, lanes]
+        lane, row = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (2, 1))
+        right, left = (pltpu.roll(x.reshape(-1, lanes), by, 1).reshape(x.shape) for by in (half, lanes - half))
+        turned = x * cos[...][:, None] + jnp.where(lane < half, left, right) * sin[...][:, None]
+        x = jnp.where(row >= s.heads + s.kv_heads, x, turned)
+        query[...] = x[:, :rows].astype(query.dtype)
+        new[...] = x
     sums[...], total[...] = jnp.zeros_like(sums), jnp.ones_like(total)  # of slots that are idle
-    new[...] = x
 
-    head = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), s.heads // s.kv_heads)
+    row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    head = jax.lax.div(jax.lax.rem(row, s.found), s.heads // s.kv_heads)
     column = jax.lax.broadcasted_iota(jnp.int32, (rows, s.item), 1)
+    if not appends:
+        column -= jax.lax.div(row, s.found)  # a later token has as many positions more
     tile_row, tile_lane = (jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), axis) for axis in (0, 1))
 
     def by_head(each):  # of each row what is of its own head
@@ -190,15 +205,16 @@ def _kernel(
             # After the chunk's last item come some of which nothing is seen.
             place = jnp.bitwise_and(n, s.ring - 1)
             listed = jnp.minimum(n, last)
-            of, newest = item[listed], jnp.where(there, at[listed], -1)
+            of, newest = item[listed], jnp.where(there, at[listed], -s.tokens)
             slot = jnp.where(there, jax.lax.shift_right_logical(of, 1), slot)
             here.append((n, there, there & (jnp.bitwise_and(of, 1) > 0), slot, newest, place))
         for n, there, *_, place in here:
             for copy, is_page in copies(n, place):
                 pl.when(there & is_page)(copy.wait)
 
-        for n, _, _, slot, newest, place in here:
-            pl.when((newest >= 0) & (newest < s.item))(partial(append, n, slot, newest, place))
+        if appends:
+            for n, _, _, slot, newest, place in here:
+                pl.when((newest >= 0) & (newest < s.item))(partial(append, n, slot, newest, place))
         each = [found(slot, newest, place) for _, _, _, slot, newest, place in here]
         for (_, _, begins, slot, _, _), (most_here, total_here, sums_here) in zip(here, each, strict=True):
             most = jnp.where(begins, -jnp.inf, most)
@@ -215,7 +231,7 @@ def _kernel(
 
     @pl.when(chunk == s.chunks - 1)
     def _():
-        for place in range(s.ring):
+        for place in range(s.ring if appends else 0):
             pl.when(writing[place] > 0)(back(place, 0, 0, 0).wait)
 
 
@@ -224,17 +240,31 @@ class Plan(NamedTuple):
 
     count: jax.Array  # [cores * chunks] items of a core's chunks up to this one
     item: jax.Array  # [cores * most] twice the slot within its chunk, and 1 for a slot's first item
-    at: jax.Array  # [cores * most] where the slot's newest position lies within the item, or beyond it
+    at: jax.Array  # [cores * most] where the slot's first new position lies within the item, or before or beyond it
     first: jax.Array  # [cores * most] the item's first entry in `page`
     page: jax.Array  # [cores * slots * width] the table, with -1 where nothing is filled
 
 
-def plan(position, table, shape: tuple[int, ...], cores: int = 1) -> list[tuple[int, Plan]]:
+def plan(position, table, shape: tuple[int, ...], cores: int = 1, first=None) -> list[tuple[int, Plan]]:
     """The items of each call that a step takes, and how many slots it is for. position: [slots] int32 of the newest, -1
-    for a slot that is idle; table: [slots, pages of a slot] int32, a multiple of PAGES; shape: the pool's."""
-    some = TABLE // table.shape[1]
+    for a slot that is idle; table: [slots, pages of a slot] int32, a multiple of PAGES; shape: the pool's; first:
+    [slots] int32 of the first of several new tokens."""
+    some, first = TABLE // table.shape[1], position if first is None else first
     parts = [slice(i, min(i + some, position.size)) for i in range(0, position.size, some)]
-    return [(part.stop - part.start, _plan(position[part], table[part], shape[3], cores)) for part in parts]
+    return [
+        (part.stop - part.start, _plan(position[part], first[part], table[part], shape[3], cores)) for part in parts
+    ]
+
+
+def plan_several(position, table, rows: Rows, shape: tuple[int, ...], cores: int = 1) -> list[tuple[int, Plan]]:
+    """As `plan`, of the tiles of `rows`, each of which works as a slot. position: [slots] int32, of a slot's first new
+    token."""
+    first, number = rows.tile.T
+    first = jnp.minimum(first, rows.slot.size - 1)  # of nobody's tile
+    slot = rows.slot[first]
+    begin = position[slot] + rows.nth[first]
+    last = jnp.where((number > 0) & (position[slot] >= 0), begin + number - 1, -1)
+    return plan(last, table[slot], shape, cores, begin)
 
 
 def _chunks(slots: int, cores: int) -> tuple[int, int]:
@@ -243,7 +273,7 @@ def _chunks(slots: int, cores: int) -> tuple[int, int]:
     return chunk, -(-slots // (cores * chunk))
 
 
-def _plan(position, table, size: int, cores: int) -> Plan:
+def _plan(position, begin, table, size: int, cores: int) -> Plan:
     slots, width = table.shape
     chunk, chunks = _chunks(slots, cores)
     each = chunk * chunks
@@ -252,7 +282,7 @@ def _plan(position, table, size: int, cores: int) -> Plan:
     page = jnp.pad(jnp.where(filled, table, -1), ((0, more), (0, 0)))
     most = each * width // PAGES
 
-    def kernel(position, count, item, at, first):
+    def kernel(position, begin, count, item, at, first):
         def of_core(core, _):
             item[core * most], at[core * most], first[core * most] = 0, -1, 0  # where there are no items
 
@@ -261,7 +291,7 @@ def _plan(position, table, size: int, cores: int) -> Plan:
 
                 def of_item(block, n):
                     item[core * most + n] = 2 * jax.lax.rem(i, chunk) + jnp.where(block == 0, 1, 0)
-                    at[core * most + n] = newest - block * PAGES * size
+                    at[core * most + n] = begin[core * each + i] - block * PAGES * size
                     first[core * most + n] = (core * each + i) * width + block * PAGES
                     return n + 1
 
@@ -276,9 +306,11 @@ def _plan(position, table, size: int, cores: int) -> Plan:
 
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     lists = [jax.ShapeDtypeStruct((cores * n,), jnp.int32) for n in (chunks, most, most, most)]
-    position = jnp.pad(position, (0, more), constant_values=-1)
+    places = [jnp.pad(x, (0, more), constant_values=-1) for x in (position, begin)]
     return Plan(
-        *pl.pallas_call(kernel, out_shape=lists, in_specs=[scalars], out_specs=[scalars] * 4, name="items")(position),
+        *pl.pallas_call(kernel, out_shape=lists, in_specs=[scalars] * 2, out_specs=[scalars] * 4, name="items")(
+            *places
+        ),
         page.reshape(-1),
     )
 
@@ -313,7 +345,7 @@ def _attend(qkv, bias, rope, items: Plan, pool, heads: int, cores: int):
     def pad(x, *last):
         return jnp.pad(x, [(0, more), *((0, 0),) * (x.ndim - 1 - len(last)), *((0, n) for n in last)])
 
-    found = -(-heads // TILE) * TILE
+    found = s.found
     rows = max(-(-columns // 8) * 8, found)
     qkv = pad(qkv.reshape(slots, columns, dim), rows - columns, lanes - dim)
     bias = jnp.pad(bias.reshape(columns, dim), [(0, rows - columns), (0, lanes - dim)])
@@ -354,3 +386,69 @@ def _attend(qkv, bias, rope, items: Plan, pool, heads: int, cores: int):
     )(*items, qkv, bias, cos, sin, pool)
     side = LANES // 2 if s.packed else 0
     return out[:slots, :heads, side : side + dim].reshape(slots, heads * dim), pool
+
+
+def attend_several(
+    qkv, bias, rope, rows: Rows, position, table, plans: list[tuple[int, Plan]], pool, heads: int, cores: int = 1
+):
+    """As `attend`, of several tokens of a slot. qkv: [rows, (heads + 2 kv_heads) * dim]; rope: of the rows; position:
+    [slots] int32, of a slot's first new token, -1 for a slot that is idle; table: [slots, pages of a slot]; plans:
+    `plan_several`. → ([rows, heads * dim], zero where a row is nobody's, and the pool)."""
+    count, dim = qkv.shape[0], 2 * rope[0].shape[-1]
+    _, planes, kv_heads, size, lanes = pool.shape
+    x = (qkv.astype(jnp.float32) + bias.astype(jnp.float32)).reshape(count, -1, dim)
+    q, k, v = jnp.split(x, [heads, heads + kv_heads], axis=1)
+    q, k, v = (x.astype(pool.dtype) for x in (rotate(q, rope), rotate(k, rope), v))
+
+    of_row = position[rows.slot]
+    to = of_row + rows.nth
+    page = table[rows.slot, jnp.minimum(to // size, table.shape[1] - 1)]
+    page = jnp.where(rows.there & (of_row >= 0), page, len(pool))  # outside
+    new = pages(k[:, :, None], v[:, :, None]).reshape(-1, lanes)
+    plane = (page[:, None] * planes * kv_heads + jnp.arange(planes * kv_heads)).reshape(-1)
+    flat = pool.reshape(-1, size, lanes).at[plane, jnp.repeat(to % size, planes * kv_heads)].set(new, mode="drop")
+    pool = flat.reshape(pool.shape)
+
+    first, number = rows.tile.T
+    tokens = tile_rows(count, len(table), heads // kv_heads)
+    nth = jnp.arange(tokens)
+    of_tile = jnp.minimum(first[:, None] + nth, count - 1)  # [tiles, tokens]
+    found, start = [], 0
+    for tiles, items in plans:
+        found.append(_attend_several(q[of_tile[start : start + tiles]], items, pool, cores))
+        start += tiles
+    out = jnp.concatenate(found).reshape(-1, heads * dim)
+    to = jnp.where(nth < number[:, None], of_tile, count).reshape(-1)
+    return jnp.zeros((count, heads * dim), out.dtype).at[to].set(out, mode="drop"), pool
+
+
+@partial(jax.jit, static_argnames="cores")
+def _attend_several(q, items: Plan, pool, cores: int):
+    """q: [tiles, tokens, heads, dim], rotated. → the same, of what they attend to."""
+    tiles, tokens, heads, dim = q.shape
+    _, _, kv_heads, size, lanes = pool.shape
+    chunk, chunks = _chunks(tiles, cores)
+    s = Shape(heads, kv_heads, dim, size, chunk, chunks, tokens)
+    more, rows = cores * chunks * chunk - tiles, tokens * s.found
+    q = jnp.pad(q, [(0, more), (0, 0), (0, s.found - heads), (0, lanes - dim)]).reshape(-1, rows, lanes)
+    by_chunk = pl.BlockSpec((chunk, rows, lanes), lambda core, chunk, *_: (core * chunks + chunk, 0, 0))
+    out = pl.pallas_call(
+        partial(_kernel, s),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(items),
+            grid=(cores, chunks),
+            in_specs=[by_chunk, pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=by_chunk,
+            scratch_shapes=[
+                pltpu.VMEM((s.ring, PAGES, *pool.shape[1:]), pool.dtype),
+                pltpu.VMEM((chunk, rows, lanes), jnp.float32),
+                pltpu.VMEM((chunk, rows, 1), jnp.float32),
+                pltpu.SemaphoreType.DMA((s.ring,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, pool.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
+        name="paged_attention_several",
+    )(*items, q, pool)
+    side = LANES // 2 if s.packed else 0
+    return out.reshape(-1, tokens, s.found, lanes)[:tiles, :, :heads, side : side + dim]
