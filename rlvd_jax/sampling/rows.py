@@ -49,7 +49,7 @@ def share_out(share, rows: int, group: int) -> Rows:
 def tile_rows(rows: int, slots: int, group: int) -> int:
     """How many rows of a slot share a program: as many as the registers have room for, since what programs share they
     read again, and no more than slots have, give or take."""
-    return min(2 ** ((TILE // group).bit_length() - 1), max(1, 2 * rows // slots))
+    return min(2 ** ((TILE // group).bit_length() - 1), max(2, 2 * rows // slots))
 
 
 def _up(a, b):

@@ -307,12 +307,8 @@ def _plan(position, begin, table, size: int, cores: int) -> Plan:
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
     lists = [jax.ShapeDtypeStruct((cores * n,), jnp.int32) for n in (chunks, most, most, most)]
     places = [jnp.pad(x, (0, more), constant_values=-1) for x in (position, begin)]
-    return Plan(
-        *pl.pallas_call(kernel, out_shape=lists, in_specs=[scalars] * 2, out_specs=[scalars] * 4, name="items")(
-            *places
-        ),
-        page.reshape(-1),
-    )
+    listed = pl.pallas_call(kernel, out_shape=lists, in_specs=[scalars] * 2, out_specs=[scalars] * 4, name="items")
+    return Plan(*listed(*places), page.reshape(-1))
 
 
 def attend(qkv, bias, rope, plans: list[tuple[int, Plan]], pool, heads: int, cores: int = 1):
