@@ -211,8 +211,7 @@ def attend(
             **how,
         )(position, table, *rope, qkv, bias, keys, values)
     else:
-        of_row = position[rows.slot]
-        position = jnp.where(rows.there & (of_row >= 0), of_row + rows.nth, -1)
+        position = jnp.where(rows.there, position[rows.slot] + rows.nth, -1)
         appending = partial(_append, page_size=page_size, interpret=interpret)
         q, keys, values = appending(qkv, bias, rope, position, rows.slot, table, keys, values)
         out = pl.pallas_call(

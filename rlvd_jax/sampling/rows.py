@@ -11,7 +11,8 @@ TILE = 64  # rows that a program of attention works on, at most: a query head of
 
 
 class Rows(NamedTuple):
-    """Whose the rows of a step are, where a slot may have several: its new tokens one after the other, slot by slot."""
+    """Whose the rows of a step are, where a slot may have several: its new tokens one after the other, slot by slot. An
+    idle slot has none."""
 
     slot: jax.Array  # [rows] int32
     nth: jax.Array  # [rows] int32, of its slot's

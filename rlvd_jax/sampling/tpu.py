@@ -263,8 +263,7 @@ def plan_several(position, table, rows: Rows, shape: tuple[int, ...], cores: int
     first = jnp.minimum(first, rows.slot.size - 1)  # of nobody's tile
     slot = rows.slot[first]
     begin = position[slot] + rows.nth[first]
-    last = jnp.where((number > 0) & (position[slot] >= 0), begin + number - 1, -1)
-    return plan(last, table[slot], shape, cores, begin)
+    return plan(jnp.where(number > 0, begin + number - 1, -1), table[slot], shape, cores, begin)
 
 
 def _chunks(slots: int, cores: int) -> tuple[int, int]:
@@ -388,18 +387,16 @@ def attend_several(
     qkv, bias, rope, rows: Rows, position, table, plans: list[tuple[int, Plan]], pool, heads: int, cores: int = 1
 ):
     """As `attend`, of several tokens of a slot. qkv: [rows, (heads + 2 kv_heads) * dim]; rope: of the rows; position:
-    [slots] int32, of a slot's first new token, -1 for a slot that is idle; table: [slots, pages of a slot]; plans:
-    `plan_several`. → ([rows, heads * dim], zero where a row is nobody's, and the pool)."""
+    [slots] int32, of a slot's first new token; table: [slots, pages of a slot]; plans: `plan_several`. → ([rows, heads
+    * dim], zero where a row is nobody's, and the pool)."""
     count, dim = qkv.shape[0], 2 * rope[0].shape[-1]
     _, planes, kv_heads, size, lanes = pool.shape
     x = (qkv.astype(jnp.float32) + bias.astype(jnp.float32)).reshape(count, -1, dim)
     q, k, v = jnp.split(x, [heads, heads + kv_heads], axis=1)
     q, k, v = (x.astype(pool.dtype) for x in (rotate(q, rope), rotate(k, rope), v))
 
-    of_row = position[rows.slot]
-    to = of_row + rows.nth
-    page = table[rows.slot, jnp.minimum(to // size, table.shape[1] - 1)]
-    page = jnp.where(rows.there & (of_row >= 0), page, len(pool))  # outside
+    to = position[rows.slot] + rows.nth
+    page = jnp.where(rows.there, table[rows.slot, jnp.minimum(to // size, table.shape[1] - 1)], len(pool))  # outside
     new = pages(k[:, :, None], v[:, :, None]).reshape(-1, lanes)
     plane = (page[:, None] * planes * kv_heads + jnp.arange(planes * kv_heads)).reshape(-1)
     flat = pool.reshape(-1, size, lanes).at[plane, jnp.repeat(to % size, planes * kv_heads)].set(new, mode="drop")
