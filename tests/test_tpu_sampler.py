@@ -281,11 +281,12 @@ def test_attention_to_pages_is_that_of_the_plain_form(heads, kv_heads, head_dim,
 @pytest.mark.parametrize("heads, kv_heads, head_dim, cores", [(6, 2, 128, 1), (14, 1, 64, 2)])
 def test_attention_of_several_new_tokens_is_that_of_one_after_the_other(heads, kv_heads, head_dim, cores, monkeypatch):
     """Tokens that begin a page and an item of pages, an idle slot, rows that are nobody's, a table taken in parts."""
-    size, room = cache.page_size("tpu"), 512
+    size, room = 16, 128
+    monkeypatch.setattr(cache, "page_size", {"tpu": size}.get)
     monkeypatch.setattr(tpu, "CHUNK", 2)
     monkeypatch.setattr(tpu, "TABLE", 3 * room // size)
     monkeypatch.setattr(tpu, "ROUND", 4 * tpu.PAGES * math.prod(tpu.page_shape(kv_heads, size, head_dim)))  # two items
-    position, share = np.array([61, 253, -1, 63, 0]), np.array([5, 5, 0, 1, 4])
+    position, share = np.array([13, 61, -1, 15, 0]), np.array([5, 5, 0, 1, 4])
     slots, pages, live = len(position), 5 * room // size + 3, share > 0
     draw = np.random.RandomState(0)
     random = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.bfloat16)  # noqa: E731
@@ -303,22 +304,33 @@ def test_attention_of_several_new_tokens_is_that_of_one_after_the_other(heads, k
     pool = copy(*plain)
     columns, count = (heads + 2 * kv_heads) * head_dim, 20
     qkv, bias = random(count, columns), random(columns)
-    rows = share_out(jnp.asarray(share, jnp.int32), count, heads // kv_heads)
     first, expected, at = np.cumsum(share) - share, {}, jnp.asarray(np.maximum(position, 0))
+
+    @jax.jit
+    def one(layer, qkv, position, more):
+        rope, place = rope_table(position, head_dim, 1e6), cache.Place(position, more, table, room)
+        new, out = cache.attend(layer, "plain", qkv, bias, rope, heads, place)
+        return tuple(jnp.where(more[:, None, None, None], a, b) for a, b in zip(new, layer, strict=True)), out
+
     for nth in range(share.max()):
         row, more = first + nth, share > nth
-        rope = rope_table(at + nth, head_dim, 1e6)
-        place = cache.Place(at + nth, jnp.asarray(more), table, room)
-        new, out = cache.attend(layer, "plain", qkv[np.minimum(row, count - 1)], bias, rope, heads, place)
-        layer = tuple(jnp.where(more[:, None, None, None], a, b) for a, b in zip(new, layer, strict=True))
+        layer, out = one(layer, qkv[np.minimum(row, count - 1)], at + nth, more)
         expected |= {row[slot]: np.float32(out)[slot] for slot in np.flatnonzero(more)}
 
-    place = cache.Place(at, jnp.asarray(live), table, 0, cores, rows=rows)
-    rope = rope_table(at[rows.slot] + rows.nth, head_dim, 1e6)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True)):
+    parts = []
+
+    @jax.jit
+    def several(pool, qkv, share):
+        rows = share_out(share, count, heads // kv_heads)
+        rope = rope_table(at[rows.slot] + rows.nth, head_dim, 1e6)
+        place = cache.Place(at, jnp.asarray(live), table, 0, cores, rows=rows)
         place = cache.planned(place, "tpu", [(pool,)])
-        (new,), out = jax.block_until_ready(cache.attend((pool,), "tpu", qkv, bias, rope, heads, place))
-    assert len(place.items) > 1 and not interpreted.races.races_found and sorted(expected) == list(range(share.sum()))
+        parts.extend(place.items)
+        return cache.attend((pool,), "tpu", qkv, bias, rope, heads, place)
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(num_cores_or_threads=cores, detect_races=True)):
+        (new,), out = jax.block_until_ready(several(pool, qkv, jnp.asarray(share, jnp.int32)))
+    assert len(parts) > 1 and not interpreted.races.races_found and sorted(expected) == list(range(share.sum()))
     out = np.float32(out)
     difference = np.abs(out[: share.sum()] - np.array([expected[row] for row in sorted(expected)]))
     assert difference.max() < 0.02 * np.abs(out).max() and difference.mean() < 2e-3 and not out[share.sum() :].any()
