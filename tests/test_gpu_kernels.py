@@ -86,7 +86,7 @@ def test_attention(heads, kv_heads, dim, parts, splits, how):
     [(12, 2, 128, 1, 1, 4), (14, 2, 64, 4, 3, 4), (16, 2, 64, 2, 4, 11), (12, 2, 128, 4, None, 18)],
 )
 def test_attention_of_several_new_tokens(heads, kv_heads, dim, parts, splits, fresh):
-    """As if each were a slot of its own that is written before any reads; what there is no room for is not written."""
+    """As if each were a slot of its own that is written before any reads; of rows that are nobody's none is written."""
     slots, pages = 5, 50
     dtype = jnp.bfloat16
     keys, values = (normal(kv_heads, pages, PAGE, dim, seed=i, dtype=dtype) for i in (1, 2))

@@ -183,7 +183,8 @@ def attend(
     if group > QUERIES:
         raise ValueError(f"{group} query heads a key head; the kernel takes {QUERIES}")
     programs = position.size if rows is None else len(rows.tile)
-    splits = splits or max(1, min(32 if rows is None else 8, PARALLEL // (kv_heads * programs)))
+    most = 32 if rows is None else 8  # what several tokens' programs find is more to put together
+    splits = splits or max(1, min(most, PARALLEL // (kv_heads * programs)))
     num_warps = num_warps or (1 if rows is None else 4)  # one warp has no registers for the rows of several tokens
     shape, flat = keys.shape, (kv_heads, pages * page_size, head_dim)
     keys, values = keys.reshape(flat), values.reshape(flat)

@@ -545,8 +545,9 @@ class _Run:
                 ended += 1
         taken = int(max(r.count.max() for r in rounds))
         if gain is not None:
-            taken = int(np.asarray(gain)[:, 0].max())
-            self.gain += np.asarray(gain)[:, 1:].sum(axis=0)
+            gain = np.asarray(gain)
+            taken = int(gain[:, 0].max())
+            self.gain += gain[:, 1:].sum(axis=0)
             tried, gained = self.gain
             if tried >= TRIED and gained < LEAST_GAIN * tried:
                 self.drafts = 0
