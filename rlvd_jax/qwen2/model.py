@@ -107,19 +107,35 @@ class Layers(nnx.Module):
         return {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Param)}
 
 
-def unstack(params: nnx.State, dtype) -> nnx.State:
+def unstack(params: nnx.State, dtype, borrowed: int = 0) -> nnx.State:
     """`params` with a tuple of the layers' arrays in place of each stack, matrices in `dtype`. A model of them does
-    without the loop over the layers."""
+    without the loop over the layers.
+
+    borrowed: so many of the first layers' matrices are nothing but places for their gradients; the model cuts and casts
+    those from the stacks itself, whenever they are used, so that no copy of them lies in memory meanwhile.
+    """
 
     def each(stack):
         # At places that the compiler does not know: it puts a cast before a cut otherwise, and writes both.
         at = jax.lax.optimization_barrier(jnp.arange(len(stack)))
-        layers = (jax.lax.dynamic_index_in_dim(stack, i, keepdims=False) for i in at)
-        return tuple(x.astype(dtype) if x.ndim == 2 else x for x in layers)
+        layers = tuple(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False) for i in at)
+        if stack.ndim == 2:
+            return layers
+        places = (jnp.zeros(x.shape, dtype) for x in layers[:borrowed])
+        return *places, *(x.astype(dtype) for x in layers[borrowed:])
 
     params = jax.tree.map(lambda x: x, params)  # a copy, to be changed
     params["layers"] = jax.tree.map(each, params["layers"])
     return params
+
+
+@jax.custom_vjp
+def borrow(place, stack, at):
+    """stack[at] in the dtype of `place`, which its gradient goes to."""
+    return jax.lax.dynamic_index_in_dim(stack, at, keepdims=False).astype(place.dtype)
+
+
+borrow.defvjp(lambda place, stack, at: (borrow(place, stack, at), None), lambda _, to: (to, None, None))
 
 
 def restack(params: nnx.State) -> nnx.State:
@@ -169,12 +185,13 @@ class Qwen2(nnx.Module):
             setattr(self, name, _make(w, rngs, param_dtype))
         self.layers = Layers(config, rngs, param_dtype)
 
-    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: int | None = None):
+    def __call__(self, tokens, positions, segments, mesh=None, lengths=None, keep: int | None = None, lenders=None):
         """Hidden states after the final norm.
 
         tokens, positions, segments: [batch, time] int32; segments 0 is padding. mesh, lengths: see `attend`. keep: of
         how many layers the backward pass need not compute again the wide products, without `unstack` of all or none,
         beside what attention's kernel returns; None: nothing but what goes into each layer is kept, without `unstack`.
+        lenders: (layers whose matrices `unstack` left to be borrowed, the stacks that they are in).
         → [batch, time, hidden], `dtype`.
         """
         c = self.config
@@ -186,12 +203,22 @@ class Qwen2(nnx.Module):
 
         weights = self.layers.stack()
         if isinstance(weights["q"], tuple):
+            borrowed, stacks = lenders or (0, None)
+            places = jax.lax.optimization_barrier(jnp.arange(c.num_hidden_layers))  # see `unstack`
+
+            def borrower(x, w, at):
+                def matrix(name, value):
+                    return borrow(value, stacks[name][...], at) if value.ndim == 2 else value
+
+                return body(x, {name: matrix(name, value) for name, value in w.items()})
+
             # Without a loop XLA would find what is computed twice and keep it, if prevent_cse were not left on.
             for i in range(c.num_hidden_layers):
                 # The last layers keep more: their memory is the first to be free again.
                 names = (HEADS, WIDE) if i >= c.num_hidden_layers - (keep or 0) else (HEADS,)
                 w = {name: layers[i] for name, layers in weights.items()}
-                x, _ = jax.checkpoint(body, policy=keeping(*names))(x, w)
+                each, at = (borrower, (places[i],)) if i < borrowed else (body, ())
+                x, _ = jax.checkpoint(each, policy=keeping(*names))(x, w, *at)
         else:
             policy = None if keep is None else keeping(WIDE) if keep else keeping()
             x, _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), x, weights)

@@ -20,7 +20,7 @@ from rlvd_jax.errors import UserError
 from rlvd_jax.qwen2 import Qwen2, Qwen2Config
 from rlvd_jax.qwen2 import mesh as mesh_rules
 from rlvd_jax.qwen2.attention import BATCH
-from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, restack, unstack
+from rlvd_jax.qwen2.model import HEADS, WIDE, kept_bytes, layer_weights, restack, unstack
 from rlvd_jax.training.batches import EXAMPLES
 from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, token_logprobs
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
@@ -64,8 +64,10 @@ def segment_lengths(segments: np.ndarray, least: int = 1) -> np.ndarray:
 
 def layers_kept(
     c: Qwen2Config, itemsize: int, mesh: Mapping[str, int], tokens: float, several: bool, unrolled: bool, limit: float
-) -> int | None:
-    """Of how many layers an update of at most `limit` bytes a device can keep the wide products (`model.keeping`).
+) -> tuple[int | None, int]:
+    """Of how many layers an update of at most `limit` bytes a device can keep the wide products (`model.keeping`), and
+    of how many it has to borrow the matrices (`model.unstack`), which costs half the time that the memory they leave
+    free saves.
 
     itemsize: of the dtype of the arithmetic. mesh: sizes of its axes. tokens: of a micro-batch on each device. several:
     whether gradients of micro-batches are added up. unrolled: the layers are; else it is all or none, and None if there
@@ -78,14 +80,18 @@ def layers_kept(
         state = c.parameters * (20 + 2 * itemsize) / split
         room = (limit - state - 4 * 4 * LOGITS_AT_ONCE) / (tokens * layers) - stream
         fits = [kept_bytes(c, itemsize, *names) / mesh["tensor"] < room for names in ((WIDE,), ())]
-        return layers if fits[0] else 0 if fits[1] else None
+        return (layers, 0) if fits[0] else (0, 0) if fits[1] else (None, 0)
     # At its largest, when the last chunk of logits is there: weights and moments in float32, weights in the dtype, the
-    # sums of the gradients, and the gradient of the unembedding; logits in float32 and their cotangent in the dtype.
+    # sums of the gradients, and the gradient of the unembedding; logits in float32 and their cotangent in the dtype;
+    # the hidden states that these come from, in chunks, and their cotangents.
     state = c.parameters * (12 + itemsize + 4 * several) + 4 * c.vocab_size * c.hidden_size
     logits = (4 + itemsize) * LOGITS_AT_ONCE
     least = kept_bytes(c, itemsize, HEADS) / mesh["tensor"] + stream
-    wide = 2 * c.intermediate_size * itemsize / mesh["tensor"]
-    return int(np.clip((limit - state / split - logits - tokens * layers * least) // (tokens * wide), 0, layers))
+    wide = tokens * 2 * c.intermediate_size * itemsize / mesh["tensor"]
+    room = limit - state / split - logits - tokens * (layers * least + 3 * stream)
+    copy = itemsize * sum(math.prod(w.shape) for w in layer_weights(c).values()) / split
+    borrowed = int(np.clip(np.ceil((layers * wide - room) / copy), 0, layers))
+    return int(np.clip((room + borrowed * copy) // wide, 0, layers)), borrowed
 
 
 class Trainer:
@@ -169,62 +175,65 @@ class Trainer:
         since their gradients are sums of many parts."""
         return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim == 3 else x, params)
 
-    def _keep(self, batch_shape) -> int | None:
-        """Of how many layers a device has room to keep the wide products for the backward pass (`model.keeping`). On
-        TPUs the chip's memory decides, not what is free of it, so that `--plan --target` compiles the same program."""
+    def _keep(self, batch_shape) -> tuple[int | None, int]:
+        """Of how many layers a device has room to keep the wide products for the backward pass, and of how many it
+        borrows the matrices (`layers_kept`). On TPUs the chip's memory decides, not what is free of it, so that
+        `--plan --target` compiles the same program."""
         device, c = self.mesh.devices.flat[0], self.config
         if device.platform not in ("gpu", "tpu"):
-            return c.num_hidden_layers
+            return c.num_hidden_layers, 0
         limit = TPU_SHARE * chips.tpu_memory(device.device_kind) if device.platform == "tpu" else self.memory
         if limit is None:  # All processes trace together, and must come to the same program.
             limit = 0.9 * hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
         tokens = math.prod(batch_shape[1:]) / self.batch_shards
         itemsize, several = self.dtype.itemsize, batch_shape[0] > 1
-        kept = layers_kept(c, itemsize, self.mesh.shape, tokens, several, self.unroll, limit)
+        kept, borrowed = layers_kept(c, itemsize, self.mesh.shape, tokens, several, self.unroll, limit)
         # GPUs keep what attention returns with the wide products, or neither, where layers are in a loop.
-        return None if device.platform == "gpu" and not self.unroll and not kept else kept
+        return None if device.platform == "gpu" and not self.unroll and not kept else kept, borrowed
 
-    def _hidden(self, params, micro, keep: int | None = None):
+    def _hidden(self, params, micro, keep: int | None = None, lenders=None):
         """(hidden states, the table that they are multiplied with)."""
         model = nnx.merge(self.graphdef, params)
         rows = micro["tokens"], micro["positions"], micro["segments"]
-        return model(*rows, self.mesh, micro.get("lengths"), keep), model.unembedding()
+        return model(*rows, self.mesh, micro.get("lengths"), keep, lenders), model.unembedding()
 
-    def _loss(self, params, micro, keep: int | None):
-        hidden, table = self._hidden(params, micro, keep)
+    def _loss(self, params, micro, keep: int | None, lenders):
+        hidden, table = self._hidden(params, micro, keep, lenders)
         options = {"temperature": self.temperature, "mesh": self.mesh}
         return loss_of_hidden(hidden, table, micro, self.objective, **options)
 
     def _update(self, state: TrainState, batch):
         used, batch = batch["used"], {name: x for name, x in batch.items() if name != "used"}
-        keep = self._keep(batch["tokens"].shape)
-        cast = unstack(state.params, self.dtype) if self.unroll else self._in_dtype(state.params)
+        keep, borrowed = self._keep(batch["tokens"].shape)
+        cast = unstack(state.params, self.dtype, borrowed) if self.unroll else self._in_dtype(state.params)
+        weights = cast, state.params["layers"] if borrowed else None
 
-        def gradient(params, micro, of_all=lambda grads: grads):
-            grads, sums = jax.grad(self._loss, has_aux=True)(params, micro, keep)
+        def gradient(weights, micro, of_all=lambda grads: grads):
+            params, stacks = weights
+            grads, sums = jax.grad(self._loss, has_aux=True)(params, micro, keep, (borrowed, stacks))
             return restack(of_all(grads)), sums
 
-        def add_up(params, batch, used, shardings=None):
+        def add_up(weights, batch, used, shardings=None):
             def accumulate(i, total):
-                new = gradient(params, jax.tree.map(lambda x: x[i], batch))
+                new = gradient(weights, jax.tree.map(lambda x: x[i], batch))
                 grads, sums = jax.tree.map(jnp.add, total, new)
                 most = {k: jnp.maximum(total[1][k], new[1][k]) for k in sums if k.endswith("_max")}
                 if shardings is not None:
                     grads = jax.lax.with_sharding_constraint(grads, shardings)
                 return grads, sums | most
 
-            shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], batch))
+            shapes = jax.eval_shape(gradient, weights, jax.tree.map(lambda x: x[0], batch))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
             return jax.lax.fori_loop(0, used, accumulate, zeros)
 
         one = batch["tokens"].shape[0] == 1  # micro-batch: no accumulator to hold
 
-        def add_up_by_device(params, batch, used):
+        def add_up_by_device(weights, batch, used):
             of_all = functools.partial(jax.lax.psum, axis_name="data")
             if one:  # layer by layer, while others' are still computed
-                grads, sums = gradient(params, jax.tree.map(lambda x: x[0], batch), of_all)
+                grads, sums = gradient(weights, jax.tree.map(lambda x: x[0], batch), of_all)
             else:
-                grads, sums = add_up(params, batch, used)
+                grads, sums = add_up(weights, batch, used)
                 grads = of_all(grads)
             most = {k: jax.lax.pmax(x, "data") for k, x in sums.items() if k.endswith("_max")}
             return grads, of_all(sums) | most
@@ -236,11 +245,11 @@ class Trainer:
             by_device = jax.shard_map(
                 add_up_by_device, mesh=self.mesh, in_specs=(whole, rows, whole), out_specs=whole, check_vma=False
             )
-            grads, sums = by_device(cast, batch, used)
+            grads, sums = by_device(weights, batch, used)
         elif one:
-            grads, sums = gradient(cast, jax.tree.map(lambda x: x[0], batch))
+            grads, sums = gradient(weights, jax.tree.map(lambda x: x[0], batch))
         else:
-            grads, sums = add_up(cast, batch, used, self.shardings.params)
+            grads, sums = add_up(weights, batch, used, self.shardings.params)
         grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
         with jax.named_scope("optimizer"):
             changes, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
