@@ -95,7 +95,7 @@ def cost(study: Study, step: Step) -> Cost:
             evaluations = times * len(study.problems(grpo.evaluate_on)) * grpo.evaluate_samples
         row = grpo.row_tokens or sampling.max_tokens + PROMPT
         held = (12 + (itemsize if grpo.kl else 0)) * c.parameters  # weights and moments, and the start model
-        update = training_memory(c, itemsize, row * grpo.micro_rows, grpo.kl > 0)
+        update = training_memory(c, itemsize, row * (grpo.micro_rows or 1), grpo.kl > 0)
         drawing = sampling_memory(c, itemsize, sampling, responses, config.device)
         least, most = (max(update, held + memory) for memory in drawing)
         drawn = grpo.questions * (grpo.hard_samples or grpo.samples)
@@ -109,7 +109,7 @@ def cost(study: Study, step: Step) -> Cost:
     most = config.model_sampling(sft.teacher).max_tokens
     length = mean_length(study, sft.teacher, sft.problems, most)
     examples = len(study.problems(sft.problems)) * min(sft.keep, sft.samples or config.sampling.samples)
-    memory = training_memory(c, itemsize, min(sft.max_length, int(sft.batch * length)) * sft.micro_rows, False)
+    memory = training_memory(c, itemsize, min(sft.max_length, int(sft.batch * length)) * (sft.micro_rows or 1), False)
     return Cost(trained=sft.epochs * examples * length, memory=memory, most=memory)
 
 

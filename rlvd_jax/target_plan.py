@@ -58,10 +58,16 @@ def longest_response(sampling: SamplingConfig, context: int) -> int:
     return min(sampling.max_tokens + PROMPT, context)
 
 
-def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, shards: int) -> dict[str, np.ndarray]:
+def row_tokens_of(recipe: GRPOConfig | SFTConfig, longest: int) -> int:
+    """Of a training row for responses that have at most `longest` tokens with their prompts."""
+    if isinstance(recipe, SFTConfig):
+        return recipe.max_length
+    return recipe.row_tokens or -(-longest // LEAST_ROW) * LEAST_ROW
+
+
+def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, micro_rows: int, shards: int) -> dict[str, np.ndarray]:
     """The batch of an update in which every response and its prompt have `longest` tokens (training/batches.py)."""
-    is_grpo = isinstance(recipe, GRPOConfig)
-    row_tokens = recipe.max_length if not is_grpo else recipe.row_tokens or -(-longest // LEAST_ROW) * LEAST_ROW
+    is_grpo, row_tokens = isinstance(recipe, GRPOConfig), row_tokens_of(recipe, longest)
     response = np.zeros(min(longest, row_tokens) - 1, np.int32)
     drawn = {"logp": np.zeros(len(response), np.float32), "advantage": 1.0} if is_grpo else {}
     number = recipe.questions * recipe.samples if is_grpo else recipe.batch
@@ -69,7 +75,7 @@ def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, shards: int) -> 
         [Example((0,), response, **drawn)] * number,
         np.ones(number, np.float32),
         row_tokens=row_tokens,
-        micro_rows=recipe.micro_rows,
+        micro_rows=micro_rows,
         shards=shards,
     )
     if is_grpo and recipe.updates > 1:
@@ -161,29 +167,39 @@ class TargetPlan:
         else:
             sampling, objective = config.model_sampling(recipe.teacher), None
             longest = sampling.max_tokens + PROMPT
-        batch = largest_batch(recipe, longest, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        temperature = sampling.temperature if objective else 1.0
+        trainer = Trainer(c, self.dtype, self.mesh, recipe.optimizer, objective, temperature)
+        micro_rows = recipe.micro_rows or trainer.rows_at_once(row_tokens_of(recipe, longest))
+        batch = largest_batch(recipe, longest, micro_rows, trainer.batch_shards)
         # The numbers of the optimiser make no difference to memory, so models trained alike are compiled for once.
         key = c, objective, recipe.optimizer.clip_norm is None, tuple((k, x.shape) for k, x in sorted(batch.items()))
         if key not in self._peaks:
             self.say(f"compiling the update of {model} for {self.target.name}, which may take a minute")
-            temperature = sampling.temperature if objective else 1.0
-            trainer = Trainer(c, self.dtype, self.mesh, recipe.optimizer, objective, temperature)
             self._peaks[key] = targets.peak_memory(trainer, batch)
         peak, fits = self._peaks[key]
-        row = batch["tokens"].shape[-1]
+        _, rows, row = batch["tokens"].shape
         if fits and peak + held <= self.target.memory:
-            return Part(peak + held, True, f"rows of {row:,} tokens")
-        return Part(peak + held, False, self.advice(model, c, recipe, row, peak, held))
+            at_once = rows // trainer.batch_shards
+            several = f"{at_once} " if at_once > 1 else ""
+            return Part(peak + held, True, f"{several}rows of {row:,} tokens" + " at a time" * bool(several))
+        return Part(peak + held, False, self.advice(model, c, recipe, micro_rows, row, peak, held))
 
     def advice(
-        self, model: str, c: Qwen2Config, recipe: GRPOConfig | SFTConfig, row: int, peak: float, held: float
+        self,
+        model: str,
+        c: Qwen2Config,
+        recipe: GRPOConfig | SFTConfig,
+        micro_rows: int,
+        row: int,
+        peak: float,
+        held: float,
     ) -> str:
         """What to change where an update of rows of so many tokens does not fit: what costs least first."""
         where = f"models.{model}.{'grpo' if isinstance(recipe, GRPOConfig) else 'sft'}"
         devices, tensor = len(self.target.devices), self.axes.tensor
         if self.split < devices:
             return f"split the weights over all devices, mesh.data=1 mesh.fsdp={devices // tensor}"
-        if recipe.micro_rows > 1:
+        if micro_rows > 1:
             return f"set {where}.micro_rows=1"
         # What is neither weights, gradient and moments nor held beside the update grows with the row.
         state = 16 * c.parameters / self.split

@@ -168,7 +168,7 @@ def test_dynamic_sampling_asks_for_no_more_than_it_needs():
 def test_batch_leaves_out_what_has_no_influence_but_counts_it():
     _, drawn, _, _ = practise([2, 0, 4])
     config = tiny.grpo_config(row_tokens=40)
-    batch = grpo.to_batch(config, drawn, tiny.questions(), 8, 40, 1)
+    batch = grpo.to_batch(config, drawn, tiny.questions(), 8, 40, 1, 1)
     tokens = [len(c.tokens) for g in drawn for c in g.completions]
     trained = batch["weight"] > 0
     assert trained.sum() == sum(tokens[:4])
@@ -179,7 +179,7 @@ def test_batch_leaves_out_what_has_no_influence_but_counts_it():
         a if right else -a for right, c in zip(drawn[0].correct, drawn[0].completions, strict=True) for _ in c.tokens
     ]
     assert sorted(batch["advantage"][trained]) == pytest.approx(sorted(signs))
-    whole = grpo.to_batch(tiny.grpo_config(kl=0.1), drawn, tiny.questions(), 8, 40, 1)
+    whole = grpo.to_batch(tiny.grpo_config(kl=0.1), drawn, tiny.questions(), 8, 40, 1, 1)
     assert (whole["weight"] > 0).sum() == sum(tokens), "with a KL term every response has influence"
 
 
@@ -321,13 +321,13 @@ def test_a_group_without_a_correct_response_gets_a_solved_example():
     assert metrics.pop("solved_examples") == 1
     assert metrics == grpo.rollout_metrics(tiny.grpo_config(), drawn, drawn), "of what the policy drew"
 
-    batch = grpo.to_batch(config, learnt, tiny.questions(), 8, 40, 1)
+    batch = grpo.to_batch(config, learnt, tiny.questions(), 8, 40, 1, 1)
     lent = (batch["weight"] > 0) & (batch["drawn"] == 0)
     assert batch["tokens"][lent].tolist() == example.tokens.tolist()
     assert (batch["advantage"][lent] > 0).all() and not batch["logp"][lent].any()
     tokens = sum(len(c.tokens) for g in learnt for c in g.completions)
     np.testing.assert_allclose(batch["weight"][batch["weight"] > 0], 1 / tokens, rtol=1e-6)
-    assert "drawn" not in grpo.to_batch(tiny.grpo_config(), drawn, tiny.questions(), 8, 40, 1)
+    assert "drawn" not in grpo.to_batch(tiny.grpo_config(), drawn, tiny.questions(), 8, 40, 1, 1)
 
 
 def test_solved_examples_are_drawn_anew_in_every_step():
@@ -349,7 +349,7 @@ def test_with_an_entropy_bonus_every_response_counts():
     _, drawn, _ = fixed(RIGHT)
     tokens = [sum(len(c.tokens) for c in g.completions) for g in drawn]
     trained = [
-        (grpo.to_batch(tiny.grpo_config(entropy=e), drawn, tiny.questions(), 8, 40, 1)["weight"] > 0).sum()
+        (grpo.to_batch(tiny.grpo_config(entropy=e), drawn, tiny.questions(), 8, 40, 1, 1)["weight"] > 0).sum()
         for e in (0, 0.1)
     ]
     assert trained == [tokens[1], sum(tokens)]

@@ -51,19 +51,19 @@ def test_else_the_weights_are_split_over_all_devices(config, devices, axes, said
 
 def test_the_largest_batch_of_an_update():
     grpo = GRPOConfig(start="m", problems="p")
-    batch = largest_batch(grpo, 4256, 16)
+    batch = largest_batch(grpo, 4256, 1, 16)
     assert batch["tokens"].shape == (32, 16, 4352)  # 280 rows of one response, in 18 micro-batches: 32 is their bound
     assert set(batch) == {"tokens", "positions", "segments", "weight", "advantage", "logp", "used"}
     assert (batch["segments"] > 0).sum() == 280 * 4256
-    several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1, "micro_rows": 4}), 4256, 16)
+    several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1}), 4256, 4, 16)
     assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (8, 64, 4352)
-    lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, 16)
+    lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, 1, 16)
     assert lent["drawn"].shape == batch["tokens"].shape and set(lent) == {*batch, "drawn"}
-    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 16)["tokens"].shape == (32, 16, 8192)
+    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 1, 16)["tokens"].shape == (32, 16, 8192)
     sft = SFTConfig(student="m", teacher="t", problems="p")
-    assert largest_batch(sft, 4256, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
-    assert largest_batch(sft, 4256, 1)["tokens"].shape == (1, 1, 24576)  # ... one row all four
-    assert largest_batch(sft, 40000, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
+    assert largest_batch(sft, 4256, 1, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
+    assert largest_batch(sft, 4256, 1, 1)["tokens"].shape == (1, 1, 24576)  # ... one row all four
+    assert largest_batch(sft, 40000, 1, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
 
 
 def sampling_on(c, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=15.75 * GIB, taken=None, **settings):
@@ -157,7 +157,7 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     assert "mesh is" not in text and "Does not fit" not in text
     assert rows["step"][-2:] == ["memory/device", "fits"]
     # A GRPO step has two parts. Beside the practice are the weights and their moments.
-    assert rows["train rl: update"][-2:] == ["4.0 GiB", "yes, rows of 4,352 tokens"]
+    assert rows["train rl: update"][-2:] == ["4.0 GiB", "yes, 4 rows of 4,352 tokens at a time"]
     taken = {"held": 12 * BIG.parameters / 4}
     alone = sampling_on(BIG, taken=taken, responses=5000, chips=4, memory=95.74 * GIB)
     assert rows["train rl: sampling"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
@@ -165,7 +165,7 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     assert rows["sample base on test"][-2:] == [size(alone.memory), f"yes, {alone.said}"]
     assert rows["train pupil"][-2:] == rows["train other"][-2:] == ["4.0 GiB", "yes, rows of 6,144 tokens"]
     assert len(said) == len(peaks["batches"]) == 2, "two SFT steps are one program"
-    assert peaks["batches"] == [(128, 4, 4352), (1, 4, 6144)]
+    assert peaks["batches"] == [(32, 16, 4352), (1, 4, 6144)]
 
 
 @needs_libtpu
@@ -176,9 +176,10 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
         ("v5e-16", ["models.pupil.sft.micro_rows=2"], 20, "pupil: set models.pupil.sft.micro_rows=1."),
         ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
         ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
-        ("v6e-8", [], 35,
+        ("v6e-8", [], 35, "rl: update: set models.rl.grpo.micro_rows=1."),
+        ("v6e-8", ["models.rl.grpo.micro_rows=1"], 35,
          "rl: update: rows of about 3,712 tokens fit in place of 4,352, so lower models.rl.grpo.sampling.max_tokens."),
-        ("v6e-8", ["models.rl.grpo.row_tokens=6144"], 35,
+        ("v6e-8", ["models.rl.grpo.row_tokens=6144", "models.rl.grpo.micro_rows=1"], 35,
          "rl: update: rows of about 5,248 tokens fit in place of 6,144, so lower models.rl.grpo.row_tokens and "
          "models.rl.grpo.sampling.max_tokens."),
         ("v5e-4", ["models.rl.grpo.kl=0.1"], 40,
@@ -218,7 +219,7 @@ def test_from_the_command_line(tmp_path):
     assert done.stdout.startswith(heading) and "mesh is" not in done.stdout
     rows = lines(done.stdout)
     training = [rows[name] for name in rows if name.startswith("train") and not name.endswith("sampling")]
-    assert len(training) == 5 and all(row[-1].startswith("yes, rows of") for row in training)
+    assert len(training) == 5 and all(re.match(r"yes, (\d+ )?rows of", row[-1]) for row in training)
     assert rows["sample base on test"][-1] == "yes, 32 slots"
     told = done.stderr.splitlines()
     assert told and all(

@@ -47,8 +47,9 @@ from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.profile import Profile
 from rlvd_jax.training.rewards import advantages, rewards
-from rlvd_jax.training.step import Trainer, TrainState, check_finite, discard, get_trainer
+from rlvd_jax.training.step import Trainer, TrainState, check_finite, discard, earns_unrolling, get_trainer
 
+UPDATES = 100  # that earn back what it takes to compile each layer by itself: 10 to 20 s, and 0.2 s for each of a 1.5B
 ROUNDS = 10  # of dynamic sampling in a step; then it trains on the groups that there are
 
 
@@ -275,9 +276,15 @@ def practise(
 
 
 def to_batch(
-    config: GRPOConfig, groups: list[Group], questions: Questions, max_tokens: int, row_tokens: int, shards: int
+    config: GRPOConfig,
+    groups: list[Group],
+    questions: Questions,
+    max_tokens: int,
+    row_tokens: int,
+    micro_rows: int,
+    shards: int,
 ) -> dict[str, np.ndarray]:
-    """The packed batch of some groups.
+    """The packed batch of some groups, with micro-batches of `micro_rows` rows on each of `shards` devices.
 
     Weights come from all responses. Those with advantage 0 have no influence without a KL term or an entropy bonus, so
     they are left out then and cost nothing; the metrics of the loss are over the tokens trained on.
@@ -291,7 +298,7 @@ def to_batch(
     weights = token_weights([len(e.response) for e in examples], config.normalise, max_tokens)
     taught = [i for i, e in enumerate(examples) if e.advantage or config.kl or config.entropy] or [0]
     chosen = [examples[i] for i in taught]
-    return pack(chosen, weights[taught], row_tokens=row_tokens, micro_rows=config.micro_rows, shards=shards)
+    return pack(chosen, weights[taught], row_tokens=row_tokens, micro_rows=micro_rows, shards=shards)
 
 
 def learn(config: GRPOConfig, trainer: Trainer, state: TrainState, batch, reference) -> tuple[TrainState, dict]:
@@ -443,8 +450,9 @@ def train(
         config.optimizer,
         objective,
         settings.temperature,
-        unroll=config.unroll,
+        unroll=earns_unrolling(config.unroll, mesh, config.steps * config.updates, UPDATES),
     )
+    micro_rows = config.micro_rows or trainer.rows_at_once(row_tokens)
     reference = jax.tree.map(lambda x: jnp.array(x, model.dtype, copy=True), params) if config.kl else None
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
@@ -491,8 +499,8 @@ def train(
                         groups, drawn = practise(config, rollouts, sampler, questions, position, step, seed, solved)
                         sampler.release()
                         with rollouts.timed("train"):
-                            shards = trainer.batch_shards
-                            batch = to_batch(config, groups, questions, settings.max_tokens, row_tokens, shards)
+                            sizes = row_tokens, micro_rows, trainer.batch_shards
+                            batch = to_batch(config, groups, questions, settings.max_tokens, *sizes)
                             state, learnt = learn(config, trainer, state, batch, reference)
                     check_finite(learnt, step + 1)
                     done = done | {"step": step + 1, "position": position + len(drawn)}

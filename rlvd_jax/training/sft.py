@@ -22,8 +22,9 @@ from rlvd_jax.training.batches import Example, supervised
 from rlvd_jax.training.checkpoints import Checkpoints
 from rlvd_jax.training.interruption import Interruption, Stopped
 from rlvd_jax.training.profile import Profile
-from rlvd_jax.training.step import check_finite, discard, get_trainer
+from rlvd_jax.training.step import check_finite, discard, earns_unrolling, get_trainer
 
+UPDATES = 4000  # that earn back what it takes to compile each layer by itself, for each of several lengths of rows
 LOG_EVERY = 10  # steps; the metrics of so many are fetched from the device at once and averaged
 
 
@@ -74,7 +75,10 @@ def train(
         "model": model.config.to_dict() | {"dtype": jnp.dtype(model.dtype).name},
         "seed": seed,
     }
-    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, unroll=config.unroll)
+    epoch = -(-len(examples) // config.batch)  # steps
+    steps = config.epochs * epoch
+    unroll = earns_unrolling(config.unroll, mesh, steps, UPDATES)
+    trainer = get_trainer(model.config, jnp.dtype(model.dtype), mesh, config.optimizer, unroll=unroll)
     batches = iter(
         supervised(
             examples,
@@ -82,12 +86,10 @@ def train(
             epochs=config.epochs,
             seed=seed,
             row_tokens=config.max_length,
-            micro_rows=config.micro_rows,
+            micro_rows=config.micro_rows or trainer.rows_at_once(config.max_length),
             shards=trainer.batch_shards,
         )
     )
-    epoch = -(-len(examples) // config.batch)  # steps
-    steps = config.epochs * epoch
     directory = Path(directory)
     with Interruption() as interruption, Checkpoints(directory / "checkpoints", identity) as checkpoints:
         if checkpoints.latest is None:

@@ -26,6 +26,7 @@ from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, to
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
 
 TPU_SHARE = 0.9  # of a TPU's memory that an update may be reckoned to take
+TOKENS_AT_ONCE = 2**15  # of a micro-batch on each device; more make it no faster
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +52,11 @@ def check_finite(metrics: Mapping[str, float], step: int) -> None:
             f"training broke down at step {step}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; "
             "lower optimizer.learning_rate or optimizer.clip_norm"
         )
+
+
+def earns_unrolling(asked: bool | None, mesh: Mesh, updates: int, enough: int) -> bool:
+    """Whether to compile each layer by itself: as asked, or else on GPUs, if there are `enough` updates to make."""
+    return asked if asked is not None else mesh.devices.flat[0].platform == "gpu" and updates >= enough
 
 
 def segment_lengths(segments: np.ndarray, least: int = 1) -> np.ndarray:
@@ -140,6 +146,17 @@ class Trainer:
         discard(params)
         return state
 
+    def rows_at_once(self, row_tokens: int) -> int:
+        """Rows of so many tokens in a micro-batch on each device: a power of two, as many as leave nothing to be
+        computed again; 1 if there are none, and on CPUs."""
+        rows, limit = 1, self._limit()
+        all_kept = self.config.num_hidden_layers, 0
+        while limit is not None and (tokens := 2 * rows * row_tokens) <= TOKENS_AT_ONCE:
+            if self._layers_kept(tokens, True, limit) != all_kept:
+                break
+            rows *= 2
+        return rows
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a packed batch on the mesh; every process passes the same batch."""
 
@@ -177,19 +194,28 @@ class Trainer:
 
     def _keep(self, batch_shape) -> tuple[int | None, int]:
         """Of how many layers a device has room to keep the wide products for the backward pass, and of how many it
-        borrows the matrices (`layers_kept`). On TPUs the chip's memory decides, not what is free of it, so that
-        `--plan --target` compiles the same program."""
-        device, c = self.mesh.devices.flat[0], self.config
-        if device.platform not in ("gpu", "tpu"):
-            return c.num_hidden_layers, 0
-        limit = TPU_SHARE * chips.tpu_memory(device.device_kind) if device.platform == "tpu" else self.memory
-        if limit is None:  # All processes trace together, and must come to the same program.
-            limit = 0.9 * hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
+        borrows the matrices (`layers_kept`)."""
+        platform, limit = self.mesh.devices.flat[0].platform, self._limit()
+        if limit is None:
+            return self.config.num_hidden_layers, 0
         tokens = math.prod(batch_shape[1:]) / self.batch_shards
-        itemsize, several = self.dtype.itemsize, batch_shape[0] > 1
-        kept, borrowed = layers_kept(c, itemsize, self.mesh.shape, tokens, several, self.unroll, limit)
+        kept, borrowed = self._layers_kept(tokens, batch_shape[0] > 1, limit)
         # GPUs keep what attention returns with the wide products, or neither, where layers are in a loop.
-        return None if device.platform == "gpu" and not self.unroll and not kept else kept, borrowed
+        return None if platform == "gpu" and not self.unroll and not kept else kept, borrowed
+
+    def _layers_kept(self, tokens: float, several: bool, limit: float) -> tuple[int | None, int]:
+        return layers_kept(self.config, self.dtype.itemsize, self.mesh.shape, tokens, several, self.unroll, limit)
+
+    def _limit(self) -> float | None:
+        """Bytes of each device that an update may be reckoned to take; None on CPUs, which are not asked. On TPUs the
+        chip's memory decides, not what is free of it, so that `--plan --target` compiles the same program."""
+        device = self.mesh.devices.flat[0]
+        if device.platform == "tpu":
+            return TPU_SHARE * chips.tpu_memory(device.device_kind)
+        if device.platform != "gpu" or self.memory is not None:
+            return self.memory
+        # All processes trace together, and must come to the same program.
+        return 0.9 * hosts.from_first(lambda: jax.local_devices()[0].memory_stats()["bytes_limit"])
 
     def _hidden(self, params, micro, keep: int | None = None, lenders=None):
         """(hidden states, the table that they are multiplied with)."""
