@@ -204,7 +204,7 @@ class GRPOConfig(Settings):
     CPUs. More are faster, and change nothing but rounding."""
     unroll: bool | None = None
     """Compile each layer by itself instead of a loop over them; not on TPUs. On a GPU updates take a tenth less time,
-    but each size of a batch longer to compile (1.5B: 17 to 28 s for 9). None: on GPUs, for 100 updates or more."""
+    but each size of a batch longer to compile (1.5B: 17 to 28 s for 9). None: on GPUs, for 100 or more."""
 
     @model_validator(mode="after")
     def fit_together(self):
@@ -259,7 +259,7 @@ class SFTConfig(Settings):
     CPUs. More are faster, and change nothing but rounding."""
     unroll: bool | None = None
     """Compile each layer by itself instead of a loop over them; not on TPUs. On a GPU updates take a tenth less time,
-    but each size of a batch longer to compile (1.5B: 9 to 28 s for 4 to 9). None: on GPUs, for 4,000 updates or more."""
+    but each size of a batch longer to compile (1.5B: 9 to 28 s for 4 to 9). None: on GPUs, for 4,000 or more."""
 
 
 class ModelConfig(Settings):
