@@ -555,3 +555,10 @@ def test_digest_tells_problems_and_prompts_apart():
     other_prompt = grpo.Questions(questions.problems, [(9,), *questions.prompts[1:]])
     other_answer = grpo.Questions([Problem("q0", "say 2", "3"), *questions.problems[1:]], questions.prompts)
     assert len({questions.digest(), other_prompt.digest(), other_answer.digest(), tiny.questions().digest()}) == 3
+
+
+@pytest.mark.parametrize("asked, rows", [(None, 2), (3, 3)])
+def test_rows_at_once(tmp_path, monkeypatch, asked, rows):
+    config, samplers = tiny.grpo_config(questions=6, micro_rows=asked), (Script([2]), None)
+    run = lambda: tiny.run_grpo(tmp_path, config=config, samplers=samplers, evaluate=False)  # noqa: E731
+    assert tiny.rows_of_a_micro_batch(run, monkeypatch) == rows

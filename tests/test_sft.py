@@ -66,6 +66,12 @@ def test_a_profile_that_the_training_ends_before(tmp_path, capsys):
     assert len(list((tmp_path / "events/plugins/profile").glob("*/*.xplane.pb"))) == 1
 
 
+@pytest.mark.parametrize("asked, rows", [(None, 2), (3, 3)])
+def test_rows_at_once(tmp_path, monkeypatch, asked, rows):
+    config = tiny.sft_config(batch=18, micro_rows=asked)
+    assert tiny.rows_of_a_micro_batch(lambda: tiny.run_sft(tmp_path, config=config), monkeypatch) == rows
+
+
 def test_the_loss_falls(tmp_path):
     examples = tiny.examples(6)
     tiny.run_sft(tmp_path, examples=examples, config=tiny.sft_config(epochs=30, batch=3, checkpoint_every=100))

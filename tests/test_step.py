@@ -3,6 +3,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from rlvd_jax.qwen2.model import HEADS, WIDE, unstack
 from rlvd_jax.training.batches import pack, token_weights
 from rlvd_jax.training.loss import Objective
 from rlvd_jax.training.optimizer import decayed, learning_rate, make_optimizer
-from rlvd_jax.training.step import Trainer, TrainState, layers_kept, segment_lengths
+from rlvd_jax.training.step import Trainer, TrainState, earns_unrolling, layers_kept, segment_lengths
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import workloads
@@ -195,6 +196,29 @@ def test_as_many_layers_are_kept_as_there_is_room_for():
     assert [kept(gib) for gib in (20, 37, 39.9, 42, 73)] == [(0, 28), (22, 28), (28, 28), (28, 4), (28, 0)]
     assert kept(37, several=True) < (22, 28) < kept(37, fsdp=2)
     assert [kept(gib, unrolled=False) for gib in (40, 45, 73)] == [(None, 0), (0, 0), (28, 0)]
+
+
+def test_rows_at_once_leave_nothing_to_be_computed_again(monkeypatch):
+    trainer = Trainer(workloads.shape("1.5B"), jnp.bfloat16, tiny.mesh(), PLAIN, unroll=True)
+
+    def rows(gib, tokens):
+        monkeypatch.setattr(trainer, "_limit", lambda: gib and gib * 2**30)
+        return trainer.rows_at_once(tokens)
+
+    assert [rows(gib, 4352) for gib in (None, 24, 36, 48, 65, 130)] == [1, 1, 1, 2, 4, 4]
+    assert rows(65, 2048) == 8 and rows(130, 2048) == 16 and rows(130, 32768) == 1
+    kept = [layers_kept(trainer.config, 2, trainer.mesh.shape, n * 4352, True, True, 48 * 2**30) for n in (2, 4)]
+    assert kept[0] == (28, 0) != kept[1]
+
+
+def test_unrolling_is_for_gpus_with_enough_to_do():
+    def earns(asked, platform, updates):
+        devices = np.array([SimpleNamespace(platform=platform)])
+        return earns_unrolling(asked, SimpleNamespace(devices=devices), updates, 100)
+
+    assert [earns(None, "gpu", n) for n in (99, 100)] == [False, True]
+    assert not earns(None, "tpu", 1000) and not earns(None, "cpu", 1000)
+    assert earns(True, "cpu", 1) and not earns(False, "gpu", 1000)
 
 
 def test_logprobs_are_those_of_the_loss(policy):

@@ -214,6 +214,24 @@ def at(number: int, name: str):
     return send
 
 
+def rows_of_a_micro_batch(run, monkeypatch) -> int:
+    """Of the first batch of a training, `run()`, on a device that has room for two rows of 32 tokens at once."""
+
+    class Enough(Exception):
+        pass
+
+    def place(self, batch):
+        raise Enough(batch["tokens"].shape[1])
+
+    monkeypatch.setattr(Trainer, "rows_at_once", lambda self, row_tokens: {32: 2}[row_tokens])
+    monkeypatch.setattr(Trainer, "place", place)
+    try:
+        run()
+    except Enough as shape:
+        return shape.args[0]
+    raise AssertionError("there was no batch")
+
+
 def count_batches(call, patch=setattr):
     """Have `call` called with the number of each batch that is put on the devices."""
     place, numbers = Trainer.place, itertools.count(1)
