@@ -58,16 +58,10 @@ def longest_response(sampling: SamplingConfig, context: int) -> int:
     return min(sampling.max_tokens + PROMPT, context)
 
 
-def row_tokens_of(recipe: GRPOConfig | SFTConfig, longest: int) -> int:
-    """Of a training row for responses that have at most `longest` tokens with their prompts."""
-    if isinstance(recipe, SFTConfig):
-        return recipe.max_length
-    return recipe.row_tokens or -(-longest // LEAST_ROW) * LEAST_ROW
-
-
-def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, micro_rows: int, shards: int) -> dict[str, np.ndarray]:
+def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, trainer: Trainer) -> dict[str, np.ndarray]:
     """The batch of an update in which every response and its prompt have `longest` tokens (training/batches.py)."""
-    is_grpo, row_tokens = isinstance(recipe, GRPOConfig), row_tokens_of(recipe, longest)
+    is_grpo = isinstance(recipe, GRPOConfig)
+    row_tokens = recipe.max_length if not is_grpo else recipe.row_tokens or -(-longest // LEAST_ROW) * LEAST_ROW
     response = np.zeros(min(longest, row_tokens) - 1, np.int32)
     drawn = {"logp": np.zeros(len(response), np.float32), "advantage": 1.0} if is_grpo else {}
     number = recipe.questions * recipe.samples if is_grpo else recipe.batch
@@ -75,8 +69,8 @@ def largest_batch(recipe: GRPOConfig | SFTConfig, longest: int, micro_rows: int,
         [Example((0,), response, **drawn)] * number,
         np.ones(number, np.float32),
         row_tokens=row_tokens,
-        micro_rows=micro_rows,
-        shards=shards,
+        micro_rows=recipe.micro_rows or trainer.rows_at_once(row_tokens),
+        shards=trainer.batch_shards,
     )
     if is_grpo and recipe.updates > 1:
         batch["old"] = batch["logp"]
@@ -169,8 +163,7 @@ class TargetPlan:
             longest = sampling.max_tokens + PROMPT
         temperature = sampling.temperature if objective else 1.0
         trainer = Trainer(c, self.dtype, self.mesh, recipe.optimizer, objective, temperature)
-        micro_rows = recipe.micro_rows or trainer.rows_at_once(row_tokens_of(recipe, longest))
-        batch = largest_batch(recipe, longest, micro_rows, trainer.batch_shards)
+        batch = largest_batch(recipe, longest, trainer)
         # The numbers of the optimiser make no difference to memory, so models trained alike are compiled for once.
         key = c, objective, recipe.optimizer.clip_norm is None, tuple((k, x.shape) for k, x in sorted(batch.items()))
         if key not in self._peaks:
@@ -178,28 +171,28 @@ class TargetPlan:
             self._peaks[key] = targets.peak_memory(trainer, batch)
         peak, fits = self._peaks[key]
         _, rows, row = batch["tokens"].shape
+        rows //= trainer.batch_shards
         if fits and peak + held <= self.target.memory:
-            at_once = rows // trainer.batch_shards
-            several = f"{at_once} " if at_once > 1 else ""
-            return Part(peak + held, True, f"{several}rows of {row:,} tokens" + " at a time" * bool(several))
-        return Part(peak + held, False, self.advice(model, c, recipe, micro_rows, row, peak, held))
+            said = f"rows of {row:,} tokens"
+            return Part(peak + held, True, f"{rows} {said} at a time" if rows > 1 else said)
+        return Part(peak + held, False, self.advice(model, c, recipe, rows, row, peak, held))
 
     def advice(
         self,
         model: str,
         c: Qwen2Config,
         recipe: GRPOConfig | SFTConfig,
-        micro_rows: int,
+        rows: int,
         row: int,
         peak: float,
         held: float,
     ) -> str:
-        """What to change where an update of rows of so many tokens does not fit: what costs least first."""
+        """What to change where an update of so many rows of so many tokens does not fit: what costs least first."""
         where = f"models.{model}.{'grpo' if isinstance(recipe, GRPOConfig) else 'sft'}"
         devices, tensor = len(self.target.devices), self.axes.tensor
         if self.split < devices:
             return f"split the weights over all devices, mesh.data=1 mesh.fsdp={devices // tensor}"
-        if micro_rows > 1:
+        if rows > 1:
             return f"set {where}.micro_rows=1"
         # What is neither weights, gradient and moments nor held beside the update grows with the row.
         state = 16 * c.parameters / self.split

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -50,20 +51,23 @@ def test_else_the_weights_are_split_over_all_devices(config, devices, axes, said
 
 
 def test_the_largest_batch_of_an_update():
+    def on(shards, rows=1):
+        return SimpleNamespace(batch_shards=shards, rows_at_once={4352: rows, 8192: 1, 32768: 1}.get)
+
     grpo = GRPOConfig(start="m", problems="p")
-    batch = largest_batch(grpo, 4256, 1, 16)
+    batch = largest_batch(grpo, 4256, on(16))
     assert batch["tokens"].shape == (32, 16, 4352)  # 280 rows of one response, in 18 micro-batches: 32 is their bound
     assert set(batch) == {"tokens", "positions", "segments", "weight", "advantage", "logp", "used"}
     assert (batch["segments"] > 0).sum() == 280 * 4256
-    several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1}), 4256, 4, 16)
+    several = largest_batch(grpo.model_copy(update={"updates": 2, "kl": 0.1}), 4256, on(16, 4))
     assert several["old"].shape == several["reference"].shape == several["tokens"].shape == (8, 64, 4352)
-    lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, 1, 16)
+    lent = largest_batch(grpo.model_copy(update={"solved_by": "m"}), 4256, on(16))
     assert lent["drawn"].shape == batch["tokens"].shape and set(lent) == {*batch, "drawn"}
-    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, 1, 16)["tokens"].shape == (32, 16, 8192)
+    assert largest_batch(grpo.model_copy(update={"row_tokens": 8192}), 4000, on(16))["tokens"].shape == (32, 16, 8192)
     sft = SFTConfig(student="m", teacher="t", problems="p")
-    assert largest_batch(sft, 4256, 1, 16)["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
-    assert largest_batch(sft, 4256, 1, 1)["tokens"].shape == (1, 1, 24576)  # ... one row all four
-    assert largest_batch(sft, 40000, 1, 8)["tokens"].shape == (1, 8, 32768)  # longer ones are left out
+    assert largest_batch(sft, 4256, on(16))["tokens"].shape == (1, 16, 6144)  # four of the rows hold a response each
+    assert largest_batch(sft, 4256, on(1))["tokens"].shape == (1, 1, 24576)  # ... one row all four
+    assert largest_batch(sft, 40000, on(8))["tokens"].shape == (1, 8, 32768)  # longer ones are left out
 
 
 def sampling_on(c, dtype=jnp.bfloat16, responses=8000, chips=1, hosts=1, memory=15.75 * GIB, taken=None, **settings):
@@ -173,7 +177,7 @@ def test_every_part_of_a_study_on_a_slice(tmp_path, peaks):
     "name, overrides, peak, sentence",
     [
         ("v5e-16", ["mesh.fsdp=4"], 60, "pupil: split the weights over all devices, mesh.data=1 mesh.fsdp=16."),
-        ("v5e-16", ["models.pupil.sft.micro_rows=2"], 20, "pupil: set models.pupil.sft.micro_rows=1."),
+        ("v5e-16", ["models.rl.grpo.micro_rows=2"], 20, "rl: update: set models.rl.grpo.micro_rows=1."),
         ("v5e-4", [], 20, "pupil: set models.pupil.sft.max_length to about 3,072, and longer responses are left out."),
         ("v5e-1", [], 60, "pupil: weights, gradient and moments take 46.0 GiB, so take chips with more"),
         ("v6e-8", [], 35, "rl: update: set models.rl.grpo.micro_rows=1."),

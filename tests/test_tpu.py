@@ -99,7 +99,7 @@ def trainer_and_batch(size, kind, target):
     mesh = make_mesh(MeshConfig(fsdp=len(target.devices)), target.devices)
     objective = Objective() if kind == "grpo" else None
     trainer = Trainer(QWEN[size], jnp.dtype(jnp.bfloat16), mesh, recipe.optimizer, objective, 0.9)
-    return trainer, largest_batch(recipe, longest, trainer.batch_shards)
+    return trainer, largest_batch(recipe, longest, trainer)
 
 
 QUICK = [("1.5B", "grpo", "v5e-16")]
@@ -133,7 +133,7 @@ def test_weights_whole_on_each_device():
     mesh = make_mesh(MeshConfig(data=4), targets.find("v5p-8").devices)
     recipe, longest = RECIPES["grpo"]
     trainer = Trainer(config, jnp.dtype(jnp.bfloat16), mesh, recipe.optimizer, Objective(), 0.9)
-    text = targets.compile_update(trainer, largest_batch(recipe, longest, 4), quick=True).as_text()
+    text = targets.compile_update(trainer, largest_batch(recipe, longest, trainer), quick=True).as_text()
     assert all(kernel in text for kernel in KERNELS)
     inside, outside = all_reduced(text)
     assert inside == 0 and config.parameters < outside < config.parameters + 10
