@@ -26,7 +26,7 @@ from rlvd_jax.training.loss import LOGITS_AT_ONCE, Objective, loss_of_hidden, to
 from rlvd_jax.training.optimizer import learning_rate, make_optimizer
 
 TPU_SHARE = 0.9  # of a TPU's memory that an update may be reckoned to take
-TOKENS_AT_ONCE = 2**15  # of a micro-batch on each device; more make it no faster
+TOKENS_AT_ONCE = 2**15  # of a micro-batch on each device, at most: 17,000 for 9,000 made an H200's updates 4% faster
 
 
 @jax.tree_util.register_dataclass
